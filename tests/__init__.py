@@ -1,0 +1,1 @@
+"""Tests; `python -m tests.parity` is a command."""
