@@ -1,0 +1,394 @@
+"""The spiking neuron: one timestep, and the scan over time.
+
+    u[t] = decay * v[t-1] + x[t]                    integrate [eq 2]
+    theta[t], width[t]                              the method's rules [eq 5, 7]
+    s[t] = 1 if u[t] >= theta[t] else 0             fire [eq 3]
+    v[t] = u[t] * (1 - s[t])                        hard reset
+    v[t] = u[t] - theta[t] * s[t]                   soft reset
+
+LIF has a fixed `decay`, PLIF learns it as `sigmoid(w)`; to the functions here
+it is a number in `Parameters`. State goes in and comes out. Membrane,
+statistics and thresholds are at least float32 whatever the input's dtype is.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsatgo_jax import methods, statistics, surrogate
+from dsatgo_jax.threshold import is_measured
+
+
+class NeuronState(NamedTuple):
+  """What a layer carries from one timestep to the next.
+
+  Attributes:
+    v: membrane potentials after the reset, [B, ...].
+    t: the index of the next timestep, an int32 scalar.
+  """
+
+  v: jax.Array
+  t: jax.Array
+
+
+class Parameters(NamedTuple):
+  """The numbers of a neuron; scalars, traced or not.
+
+  Attributes:
+    decay: the share of the membrane that is retained.
+    v_th: the threshold's base value.
+    f_c: the firing-rate factor.
+    width: the surrogate's base width, `kappa_0`.
+    tdbn_scale: the scale of the tdBN that feeds the neuron, [C]; `mpd_agl`.
+  """
+
+  decay: Any = 0.2
+  v_th: Any = 1.0
+  f_c: Any = 1.0
+  width: Any = 1.0
+  tdbn_scale: Any = None
+
+
+class Running(NamedTuple):
+  """Running averages that inference takes in the place of measured values.
+
+  Attributes:
+    threshold: [T], or None for a threshold that is not measured.
+    signal: [T], or None where the width's signal is the threshold itself or is
+      not measured.
+  """
+
+  threshold: jax.Array | None = None
+  signal: jax.Array | None = None
+
+
+class Record(NamedTuple):
+  """What happened at each timestep, scalars ([T] after a scan).
+
+  Attributes:
+    theta: the threshold in force.
+    signal: what the width follows, or None.
+    width: the surrogate's width.
+    statistics: mean and standard deviation of the membrane, or None where
+      nothing was measured.
+    firing_rate: the share of neurons that fired, or None if not recorded.
+    gradient_share: the share of neurons inside the gradient window, `abs(u -
+      theta) < width / 2`, or None if not recorded.
+  """
+
+  theta: jax.Array
+  signal: jax.Array | None
+  width: jax.Array
+  statistics: statistics.Statistics | None
+  firing_rate: jax.Array | None
+  gradient_share: jax.Array | None
+
+
+class _Dynamics(NamedTuple):
+  """What is fixed when a neuron is built."""
+
+  method: methods.Method
+  surrogate: Callable
+  reset: str
+  detach_reset: bool
+  axis_name: Any
+  dtype: Any
+  record: bool
+
+
+def step(
+  state: NeuronState | None,
+  x: jax.Array,
+  parameters: Parameters = Parameters(),  # noqa: B008, a constant
+  method: str | methods.Method = 'ds_atgo',
+  *,
+  running: Running | None = None,
+  surrogate: Callable = surrogate.rectangular,
+  reset: str = 'hard',
+  detach_reset: bool = False,
+  axis_name=None,
+  dtype=None,
+  record: bool = False,
+) -> tuple[jax.Array, NeuronState, Record]:
+  """One timestep.
+
+  Args:
+    state: the state before it; None for a neuron at rest.
+    x: pre-synaptic input, [B, ...].
+    parameters: the neuron's numbers.
+    method: a name of `methods.METHODS`, or a `methods.Method`.
+    running: running averages, [T], indexed by `state.t`: inference. None
+      measures this batch: training.
+    surrogate: see the module of that name.
+    reset: 'hard' or 'soft'.
+    detach_reset: whether the reset passes no gradient to the spike.
+    axis_name: mapped axis over which the statistics are pooled.
+    dtype: of the spikes; None for x's.
+    record: whether to compute all fields of the `Record`.
+
+  Returns:
+    Spikes [B, ...], the state after the timestep, and the `Record`.
+
+  Raises:
+    ValueError: an unknown method or reset, a number that must be positive and
+      is not, or one neuron in all.
+  """
+  spikes, state, record = run(
+    x[None],
+    parameters,
+    method,
+    state=state,
+    running=running,
+    surrogate=surrogate,
+    reset=reset,
+    detach_reset=detach_reset,
+    axis_name=axis_name,
+    dtype=dtype,
+    record=record,
+    fused=False,
+  )
+  return spikes[0], state, jax.tree.map(lambda a: a[0], record)
+
+
+def run(
+  x: jax.Array,
+  parameters: Parameters = Parameters(),  # noqa: B008, a constant
+  method: str | methods.Method = 'ds_atgo',
+  *,
+  state: NeuronState | None = None,
+  running: Running | None = None,
+  surrogate: Callable = surrogate.rectangular,
+  reset: str = 'hard',
+  detach_reset: bool = False,
+  axis_name=None,
+  dtype=None,
+  record: bool = False,
+  fused: bool = True,
+) -> tuple[jax.Array, NeuronState, Record]:
+  """All timesteps of a sequence.
+
+  Args:
+    x: pre-synaptic input, [T, B, ...].
+    parameters: the neuron's numbers.
+    method: a name of `methods.METHODS`, or a `methods.Method`.
+    state: the state to go on from; None for a neuron at rest.
+    running: running averages: inference. None measures this batch: training.
+      Their length is the T of the whole recording; `state.t` says where x
+      begins.
+    surrogate: see the module of that name.
+    reset: 'hard' or 'soft'.
+    detach_reset: whether the reset passes no gradient to the spike.
+    axis_name: mapped axis over which the statistics are pooled.
+    dtype: of the spikes; None for x's.
+    record: whether to compute all fields of the `Record`.
+    fused: True runs a backward pass that keeps one array per timestep, the
+      membrane before the reset, and computes the rest from it again; False
+      leaves the scan to autodiff. The derivatives are the same, at any order
+      of reverse mode.
+
+  Returns:
+    Spikes [T, B, ...], the state after the last timestep, and the `Record`,
+    each of its fields [T]. Theta and width carry no gradient here.
+
+  Raises:
+    ValueError: x has no batch axis or is not floating point, T does not fit
+      the running averages, an unknown method or reset, a number that must be
+      positive and is not, or one neuron in all.
+  """
+  x = jnp.asarray(x)
+  if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      f'Expected floating-point x [T, B, ...], got {x.dtype}{list(x.shape)}.'
+    )
+  if reset not in ('hard', 'soft'):
+    raise ValueError(f"Expected reset to be 'hard' or 'soft', got {reset=}.")
+  check_positive(
+    v_th=parameters.v_th, f_c=parameters.f_c, width=parameters.width
+  )
+  dynamics = _Dynamics(
+    methods.get(method), surrogate, reset, detach_reset, axis_name,
+    jnp.dtype(dtype or x.dtype), record,
+  )  # fmt: skip
+  membrane_dtype = jnp.promote_types(x.dtype, jnp.float32)
+  if state is None:
+    state = NeuronState(
+      jnp.zeros_like(x[0], membrane_dtype), jnp.zeros((), jnp.int32)
+    )
+  if state.v.shape != x.shape[1:]:
+    raise ValueError(
+      f'Expected a state for x[0] of shape {x.shape[1:]}, got {state.v.shape=}.'
+    )
+  v = _vary_like(x, state.v.astype(membrane_dtype))
+  if running is not None:
+    running = _at_timesteps(running, state.t, x.shape[0])
+  parameters = jax.tree.map(
+    lambda p: jnp.asarray(p, membrane_dtype), parameters
+  )
+  scan = _fused if fused else _plain
+  spikes, v, happened = scan(dynamics, x, v, state.t, parameters, running)
+  state = NeuronState(v, state.t + x.shape[0])
+  return spikes, state, lax.stop_gradient(happened)
+
+
+def check_positive(**values):
+  """Raises a `ValueError` for a number that is known and not positive."""
+  for name, value in values.items():
+    if not isinstance(value, jax.core.Tracer) and not value > 0:
+      raise ValueError(f'Expected {name} > 0, got {name}={value}.')
+
+
+def _at_timesteps(running, t, num_steps):
+  """The part of the running averages [T] that belongs to x."""
+  for name, value in running._asdict().items():
+    if value is None:
+      continue
+    start = None if isinstance(t, jax.core.Tracer) else int(t)
+    if num_steps + (start or 0) > value.shape[0]:
+      raise ValueError(
+        f'The running {name} has {value.shape[0]} timesteps, got x with '
+        f'{num_steps}' + (f' from timestep {start} on.' if start else '.')
+      )
+  return jax.tree.map(
+    lambda value: lax.dynamic_slice_in_dim(value, t, num_steps), running
+  )
+
+
+def _unroll(num_steps):
+  # Unrolled, XLA fuses across timesteps; a long loop must still compile soon.
+  return num_steps if num_steps <= 16 else 8
+
+
+def _plain(dynamics, x, v, t, parameters, running):
+  """The scan; differentiated by JAX."""
+  return _forward(dynamics, x, v, t, parameters, running)[0]
+
+
+def _forward(dynamics, x, v, t, parameters, running):
+  """The scan, and the membrane before each reset, [T, B, ...]."""
+  method = dynamics.method
+
+  def body(v, inputs):
+    t, x, running = inputs
+    u = parameters.decay * v + x.astype(v.dtype)
+    measured = None
+    if dynamics.record or (
+      running is None
+      and (is_measured(method.threshold) or is_measured(method.signal))
+    ):
+      measured = statistics.measure(u, dynamics.axis_name)
+    theta, signal, width = _levels(method, measured, running, parameters, t)
+    spikes, v = _fire(dynamics, u, theta, width)
+    shares = (None, None)
+    if dynamics.record:
+      inside = jnp.abs(u - theta) < width / 2
+      shares = [
+        _share(a, dynamics.axis_name, u.dtype) for a in (spikes != 0, inside)
+      ]
+    return v, (spikes, u, Record(theta, signal, width, measured, *shares))
+
+  timesteps = t + jnp.arange(x.shape[0], dtype=jnp.int32)
+  v, (spikes, u, record) = lax.scan(
+    body, v, (timesteps, x, running), unroll=_unroll(x.shape[0])
+  )
+  return (spikes, v, record), u
+
+
+def _levels(method, measured, running, parameters, t):
+  """Threshold, width signal and width at one timestep."""
+
+  def level(rule, average):
+    if running is not None and is_measured(rule):
+      return average
+    return rule(measured if is_measured(rule) else None, parameters, t)
+
+  average = Running() if running is None else running
+  theta = level(method.threshold, average.threshold)
+  if method.signal is None:
+    signal = None
+  elif method.signal is method.threshold:
+    signal = theta
+  else:
+    signal = level(method.signal, average.signal)
+  width = method.width(lax.stop_gradient(signal), parameters, t)
+  return theta, signal, width
+
+
+def _fire(dynamics, u, theta, width):
+  """Spikes, and the membrane after the reset."""
+  spikes = dynamics.surrogate(u - theta, width)
+  fired = lax.stop_gradient(spikes) if dynamics.detach_reset else spikes
+  v = u * (1 - fired) if dynamics.reset == 'hard' else u - theta * fired
+  return spikes.astype(dynamics.dtype), v
+
+
+def _share(mask, axis_name, dtype):
+  share = jnp.mean(mask, dtype=dtype)
+  return share if axis_name is None else lax.pmean(share, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(dynamics, x, v, t, parameters, running):
+  """The scan, with a backward pass that keeps `u` alone."""
+  return _plain(dynamics, x, v, t, parameters, running)
+
+
+def _fused_forward(dynamics, x, v, t, parameters, running):
+  outputs, u = _forward(dynamics, x, v, t, parameters, running)
+  # Of x only the dtype is needed; an empty array keeps it.
+  measured = outputs[2].statistics
+  return outputs, (x[:0], u, v, t, parameters, running, measured)
+
+
+def _fused_backward(dynamics, residuals, cotangents):
+  x, u, v_0, t, parameters, running, measured = residuals
+  g_spikes, g_v, _ = cotangents
+  num_steps = u.shape[0]
+  decay = parameters.decay
+  parameters, pool = jax.vjp(functools.partial(_vary_like, u), parameters)
+
+  def fire_back(inputs, g_v_of):
+    """One timestep: v, and the cotangents of u and of the parameters."""
+    t, u, g_spikes, running, measured = inputs
+
+    def fire(u, parameters):
+      levels = _levels(dynamics.method, measured, running, parameters, t)
+      return _fire(dynamics, u, levels[0], levels[2])
+
+    (_, v), pull = jax.vjp(fire, u, parameters)
+    return v, *pull((g_spikes, g_v_of(v)))
+
+  def body(carry, inputs):
+    g_u_next, g_parameters, g_decay = carry
+    v, g_u, g_here = fire_back(inputs, lambda _: decay * g_u_next)
+    g_parameters = jax.tree.map(jnp.add, g_parameters, g_here)
+    return (g_u, g_parameters, g_decay + jnp.sum(g_u_next * v)), g_u
+
+  timesteps = t + jnp.arange(num_steps, dtype=jnp.int32)
+  inputs = (timesteps, u, g_spikes, running, measured)
+  last = jax.tree.map(lambda a: a[-1], inputs)
+  _, g_last, g_parameters = fire_back(last, lambda _: g_v)
+  (g_u, g_parameters, g_decay), g_x = lax.scan(
+    body,
+    (g_last, g_parameters, jnp.zeros_like(parameters.decay)),
+    jax.tree.map(lambda a: a[:-1], inputs),
+    reverse=True,
+    unroll=_unroll(num_steps),
+  )
+  g_x = jnp.concatenate([g_x, g_last[None]]).astype(x.dtype)
+  g_decay += jnp.sum(g_u * v_0)
+  g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
+  return g_x, decay * g_u, None, *pool(g_parameters), None
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _vary_like(x, tree):
+  """Makes a tree vary over the mesh axes that x varies over (`shard_map`)."""
+  return jax.tree.map(
+    lambda a: a + jnp.zeros_like(x, dtype=a.dtype, shape=()), tree
+  )

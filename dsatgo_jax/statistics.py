@@ -1,0 +1,84 @@
+"""Mean and standard deviation of a layer's membrane, and their running average.
+
+One scalar each per layer and timestep, over all axes of the batch, pooled over
+devices by `axis_name`; no gradient flows through either.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Statistics(NamedTuple):
+  """What is measured of the membrane `u` at one timestep, scalars."""
+
+  mean: jax.Array
+  std: jax.Array
+
+
+def measure(u: jax.Array, axis_name=None) -> Statistics:
+  """Mean and standard deviation (ddof = 1) of the membrane `u`.
+
+  The moments are taken about a value near the mean, so that a mean of 3,000
+  with a deviation of 1 comes out right in float32, and a constant membrane has
+  exactly itself as mean and exactly 0 as deviation. Devices exchange their
+  centred moments in one all-reduce. A membrane with an infinite or undefined
+  entry has undefined (NaN) statistics: at that timestep no neuron of the layer
+  reaches the threshold.
+
+  Args:
+    u: membrane potentials before the reset, [B, ...], floating point.
+    axis_name: mapped axis, or axes, over which the batch is spread.
+
+  Returns:
+    `Statistics` of scalars in u's dtype, without gradient.
+
+  Raises:
+    ValueError: there is one neuron in all, which has no deviation.
+  """
+  u = lax.stop_gradient(u)
+  num_devices = 1 if axis_name is None else lax.axis_size(axis_name)
+  count = u.size * num_devices
+  if count < 2:
+    raise ValueError(
+      'The deviation of the membrane needs at least two neurons in all (batch '
+      f'and devices included), got {u.shape=} on {num_devices} device(s).'
+    )
+  shift = _near_mean(u)
+  centred = u - shift
+  mean = jnp.mean(centred)
+  squares = jnp.sum(centred * centred) - u.size * mean * mean
+  mean = shift + mean
+  if axis_name is not None:
+    # An all-gather written as a sum, since a sum's result is known to be the
+    # same on all devices (`shard_map` checks that).
+    row = lax.axis_index(axis_name) == jnp.arange(num_devices)[:, None]
+    moments = jnp.where(row, jnp.stack([mean, squares]), 0)
+    means, squares = lax.psum(moments, axis_name).T
+    mean = means[0] + jnp.mean(means - means[0])
+    squares = jnp.sum(squares) + u.size * jnp.sum((means - mean) ** 2)
+  variance = jnp.maximum(squares, 0) / (count - 1)
+  return Statistics(mean, jnp.sqrt(variance))
+
+
+def _near_mean(u):
+  """A value near u's mean, from a sample; exact where u is constant."""
+  sample = u.ravel()[:: max(1, u.size // 64)]
+  return sample[0] + jnp.mean(sample - sample[0])
+
+
+def running_average(old: jax.Array, new: jax.Array, momentum) -> jax.Array:
+  """`momentum * old + (1 - momentum) * new`, without gradient [eq 6].
+
+  Args:
+    old: the running value, any shape.
+    new: the value just measured, of the same shape.
+    momentum: the share of the old value that is kept, 0.9 in the paper.
+
+  Returns:
+    The new running value, in old's dtype.
+  """
+  average = momentum * old + (1 - momentum) * new
+  return lax.stop_gradient(average).astype(old.dtype)

@@ -1,0 +1,136 @@
+"""Spikes: Heaviside forward, a surrogate backward.
+
+Every surrogate is a function `spike(x, width)`. Forward it is the Heaviside
+step of `x = u - theta` (equality fires); backward its derivative is
+`g(x / width) / width` with `g` a density of unit area and `g(0) = 1`, so that
+the width alone says how far from the threshold a neuron still learns, and the
+gradient at the threshold is `1 / width` for all of them.
+
+    name          g(z)                     where
+    rectangular   1 for abs(z) < 1/2       [eq 4], the paper's
+    triangular    max(0, 1 - abs(z))       Bellec et al. 2018
+    sigmoid       sech(2 z) ** 2           logistic, slope 4
+    arctan        1 / (1 + (pi z) ** 2)    Fang et al. 2021
+    fast_sigmoid  1 / (1 + 2 abs(z)) ** 2  Zenke & Ganguli 2018
+
+`width` is a traced argument without a gradient. Reverse over reverse is right:
+the forward rule calls the surrogate itself, so a second derivative sees the
+surrogate and not the bare step. For `jax.jvp`, see `straight_through`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+# Beyond this many widths every density is zero to float32's precision, and
+# its square is still finite.
+_FAR = 1e9
+
+
+def custom(gradient: Callable) -> Callable:
+  """Makes a surrogate of its derivative.
+
+  Args:
+    gradient: `gradient(x, width)`, the derivative that stands in for the
+      step's, of x's shape.
+
+  Returns:
+    `spike(x, width)`, a `jax.custom_vjp`. It keeps `gradient` as an attribute.
+  """
+
+  @jax.custom_vjp
+  @functools.wraps(gradient)
+  def spike(x, width):
+    del width
+    return (x >= 0).astype(jnp.result_type(x))
+
+  def forward(x, width):
+    return spike(x, width), (x, width)
+
+  def backward(residuals, cotangent):
+    x, width = residuals
+    slope = gradient(x, jax.lax.stop_gradient(width))
+    return cotangent * slope.astype(cotangent.dtype), jnp.zeros_like(width)
+
+  spike.defvjp(forward, backward)
+  spike.gradient = gradient
+  return spike
+
+
+def _unit_area(density: Callable) -> Callable:
+  """`custom` of `density(x / width) / width`."""
+
+  @functools.wraps(density)
+  def gradient(x, width):
+    return density(jnp.clip(x / width, -_FAR, _FAR)) / width
+
+  return custom(gradient)
+
+
+@custom
+def rectangular(x, width):
+  """Rectangular surrogate [eq 4]: `1 / width` where `abs(x) < width / 2`.
+
+  Args:
+    x: `u - theta`, any shape, floating point.
+    width: the surrogate's width, positive; broadcasts against x.
+
+  Returns:
+    1 where `x >= 0`, else 0, in x's shape and dtype.
+  """
+  return jnp.where(jnp.abs(x) < width / 2, 1 / width, 0)
+
+
+@_unit_area
+def triangular(z):
+  """Triangular surrogate, `max(0, 1 - abs(x / width)) / width`."""
+  return jnp.maximum(0, 1 - jnp.abs(z))
+
+
+@_unit_area
+def sigmoid(z):
+  """Sigmoid surrogate: the derivative of `logistic(4 x / width)`."""
+  return 4 * jax.nn.sigmoid(4 * z) * jax.nn.sigmoid(-4 * z)
+
+
+@_unit_area
+def arctan(z):
+  """Arctan surrogate: the derivative of `arctan(pi x / width) / pi`."""
+  return 1 / (1 + (jnp.pi * z) ** 2)
+
+
+@_unit_area
+def fast_sigmoid(z):
+  """Fast-sigmoid surrogate, `1 / (1 + 2 abs(x / width)) ** 2 / width`."""
+  return 1 / (1 + 2 * jnp.abs(z)) ** 2
+
+
+def straight_through(spike: Callable) -> Callable:
+  """The same surrogate for forward mode: `jax.jvp`, `jax.jacfwd`, `jax.hessian`.
+
+  Equal to `stop_gradient(H(x)) + (S(x) - stop_gradient(S(x)))` with S an
+  antiderivative of the surrogate, at every order of differentiation.
+
+  Args:
+    spike: one of this module's surrogates, or one made by `custom`.
+
+  Returns:
+    A function of the same signature, a `jax.custom_jvp`.
+  """
+
+  @jax.custom_jvp
+  @functools.wraps(spike)
+  def twin(x, width):
+    return spike(x, width)
+
+  @twin.defjvp
+  def _(primals, tangents):
+    x, width = primals
+    slope = spike.gradient(x, jax.lax.stop_gradient(width))
+    spikes = twin(x, width)
+    return spikes, (slope * tangents[0]).astype(spikes.dtype)
+
+  twin.gradient = spike.gradient
+  return twin

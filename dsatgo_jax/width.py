@@ -1,0 +1,48 @@
+"""Width rules: how far from the threshold the surrogate gradient reaches.
+
+A rule is a plain function `rule(signal, parameters, t) -> scalar` of the
+signal that it follows, the neuron's `Parameters` and the timestep's index.
+The signal is itself a rule of the statistics (see `threshold`): the adaptive
+threshold in the paper, the deviation in the authors' program.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def deviation(statistics, parameters, t):
+  """The width signal of the authors' program: the membrane's deviation."""
+  del parameters, t
+  return statistics.std
+
+
+def fixed(signal, parameters, t):
+  """The base value, `kappa_0`, at all timesteps."""
+  del signal, t
+  return parameters.width
+
+
+def threshold_driven(signal, parameters, t):
+  """TGO [eq 7]: `kappa_0 * (1 + tanh(signal - v_th))`."""
+  del t
+  return parameters.width * (1 + jnp.tanh(signal - parameters.v_th))
+
+
+def mpd_agl(signal, parameters, t):
+  """MPD-AGL (Jiang et al., IJCAI 2025): the width of tdBN's distribution.
+
+  `2 * gamma * v_th` at the first timestep, then `sqrt(1 + decay ** 2)` times
+  that, with `gamma` the mean of the tdBN scale that feeds the neuron.
+
+  Raises:
+    ValueError: the neuron was not given that scale.
+  """
+  del signal
+  if parameters.tdbn_scale is None:
+    raise ValueError(
+      "The method 'mpd_agl' needs the scale of the tdBN that feeds the neuron: "
+      'expected tdbn_scale=an array [C], got tdbn_scale=None.'
+    )
+  gamma = jnp.mean(parameters.tdbn_scale)
+  spread = jnp.where(t == 0, 1, jnp.sqrt(1 + parameters.decay**2))
+  return jax.lax.stop_gradient(2 * spread * gamma * parameters.v_th)
