@@ -1,0 +1,1 @@
+"""The training job: run from a checkout, not part of the wheel."""
