@@ -43,48 +43,55 @@ METHODS = {
   'learnable_threshold': Method(threshold.learnable, width.fixed),
 }
 
-_THRESHOLDS = {'true': threshold.adaptive, 'estimated': threshold.estimated}
+_DISTRIBUTIONS = {'true': threshold.adaptive, 'estimated': threshold.estimated}
+_SIGNALS = {'theta': None, 'sigma': width.deviation}
 
 
 def get(
   method: str | Method,
-  *,
-  distribution: str = 'true',
-  width_signal: str = 'theta',
+  distribution: str | Callable = 'true',
+  width_signal: str | Callable = 'theta',
 ) -> Method:
   """The rules of a method.
 
   Args:
     method: a name of `METHODS`, or a `Method`, which is returned unchanged.
-    distribution: 'true' takes the measured distribution of the membrane,
-      'estimated' the one that tdBN promises [eq 5]; adaptive methods only.
-    width_signal: what eq 7 follows: 'theta' as in the paper, or 'sigma' (the
-      membrane's deviation) as in the authors' program.
+    distribution: where an adaptive method takes its threshold from: 'true',
+      the measured distribution of the membrane; 'estimated', the one that tdBN
+      promises [eq 5]; or a rule of your own, `rule(statistics, parameters, t)`.
+    width_signal: what eq 7 follows: 'theta' as in the paper; 'sigma', the
+      membrane's deviation, as in the authors' program; or a rule of your own.
 
   Returns:
-    The `Method`.
+    The `Method`. A setting that the method has no use for changes nothing.
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown name, or a threshold rule of your own for a method
+      that has no adaptive rule it could replace.
   """
   if isinstance(method, Method):
     return method
-  _check_choice('method', method, METHODS)
-  _check_choice('threshold', distribution, _THRESHOLDS)
-  _check_choice('width_signal', width_signal, ('theta', 'sigma'))
-  method = METHODS[method]
-  rule, signal = (
-    _THRESHOLDS[distribution] if rule is threshold.adaptive else rule
-    for rule in (method.threshold, method.signal)
-  )
-  if signal is not None and width_signal == 'sigma':
-    signal = width.deviation
-  return Method(rule, method.width, signal)
+  method = _choose('method', method, METHODS)
+  rule = _choose('threshold', distribution, _DISTRIBUTIONS)
+  signal = _choose('width_signal', width_signal, _SIGNALS)
+  adaptive = threshold.adaptive
+  if callable(distribution) and adaptive not in method:
+    raise ValueError(
+      "A threshold rule of your own needs an adaptive method: expected 'at', "
+      f"'tgo' or 'ds_atgo', got {method}."
+    )
+  method = Method(*(rule if each is adaptive else each for each in method))
+  if method.signal is not None and signal is not None:
+    method = method._replace(signal=signal)
+  return method
 
 
-def _check_choice(name, value, choices):
+def _choose(name, value, choices):
+  if callable(value):
+    return value
   if value not in choices:
     raise ValueError(
       f'Expected {name} to be one of {", ".join(map(repr, choices))}, '
       f'got {name}={value!r}.'
     )
+  return choices[value]

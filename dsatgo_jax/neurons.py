@@ -12,11 +12,13 @@ statistics and thresholds are at least float32 whatever the input's dtype is.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dsatgo_jax import methods, statistics, surrogate
@@ -87,6 +89,12 @@ class Record(NamedTuple):
   firing_rate: jax.Array | None
   gradient_share: jax.Array | None
 
+  def scalars(self) -> dict[str, jax.Array]:
+    """All that was recorded, by name; the statistics as `mean` and `std`."""
+    named = self._asdict() | self.statistics._asdict()
+    del named['statistics'], named['signal']
+    return named
+
 
 class _Dynamics(NamedTuple):
   """What is fixed when a neuron is built."""
@@ -121,7 +129,7 @@ def step(
     x: pre-synaptic input, [B, ...].
     parameters: the neuron's numbers.
     method: a name of `methods.METHODS`, or a `methods.Method`.
-    running: running averages, [T], indexed by `state.t`: inference. None
+    running: running averages of this timestep, scalars: inference. None
       measures this batch: training.
     surrogate: see the module of that name.
     reset: 'hard' or 'soft'.
@@ -142,7 +150,7 @@ def step(
     parameters,
     method,
     state=state,
-    running=running,
+    running=jax.tree.map(lambda a: jnp.asarray(a)[None], running),
     surrogate=surrogate,
     reset=reset,
     detach_reset=detach_reset,
@@ -176,9 +184,8 @@ def run(
     parameters: the neuron's numbers.
     method: a name of `methods.METHODS`, or a `methods.Method`.
     state: the state to go on from; None for a neuron at rest.
-    running: running averages: inference. None measures this batch: training.
-      Their length is the T of the whole recording; `state.t` says where x
-      begins.
+    running: running averages of x's timesteps, [T]: inference. None measures
+      this batch: training.
     surrogate: see the module of that name.
     reset: 'hard' or 'soft'.
     detach_reset: whether the reset passes no gradient to the spike.
@@ -215,16 +222,18 @@ def run(
   )  # fmt: skip
   membrane_dtype = jnp.promote_types(x.dtype, jnp.float32)
   if state is None:
-    state = NeuronState(
-      jnp.zeros_like(x[0], membrane_dtype), jnp.zeros((), jnp.int32)
-    )
+    state = at_rest(x[0])
   if state.v.shape != x.shape[1:]:
     raise ValueError(
       f'Expected a state for x[0] of shape {x.shape[1:]}, got {state.v.shape=}.'
     )
   v = _vary_like(x, state.v.astype(membrane_dtype))
-  if running is not None:
-    running = _at_timesteps(running, state.t, x.shape[0])
+  for name, average in (running or Running())._asdict().items():
+    if average is not None and average.shape != x.shape[:1]:
+      raise ValueError(
+        f'Expected a running {name} for the {x.shape[0]} timesteps of x, '
+        f'got shape {average.shape}.'
+      )
   parameters = jax.tree.map(
     lambda p: jnp.asarray(p, membrane_dtype), parameters
   )
@@ -234,27 +243,156 @@ def run(
   return spikes, state, lax.stop_gradient(happened)
 
 
-def check_positive(**values):
-  """Raises a `ValueError` for a number that is known and not positive."""
-  for name, value in values.items():
-    if not isinstance(value, jax.core.Tracer) and not value > 0:
-      raise ValueError(f'Expected {name} > 0, got {name}={value}.')
+def initial_running(
+  method: methods.Method, v_th, shape: tuple[int, ...], dtype=jnp.float32
+) -> Running:
+  """The running averages before training: `v_th`, where one is kept [eq 6].
 
+  Args:
+    method: the rules.
+    v_th: the threshold's base value.
+    shape: (T,), or () for a single timestep.
+    dtype: of the input; the averages are at least float32.
 
-def _at_timesteps(running, t, num_steps):
-  """The part of the running averages [T] that belongs to x."""
-  for name, value in running._asdict().items():
-    if value is None:
-      continue
-    start = None if isinstance(t, jax.core.Tracer) else int(t)
-    if num_steps + (start or 0) > value.shape[0]:
-      raise ValueError(
-        f'The running {name} has {value.shape[0]} timesteps, got x with '
-        f'{num_steps}' + (f' from timestep {start} on.' if start else '.')
-      )
-  return jax.tree.map(
-    lambda value: lax.dynamic_slice_in_dim(value, t, num_steps), running
+  Returns:
+    `Running`, with None for what the method does not measure.
+  """
+  start = jnp.full(shape, v_th, jnp.promote_types(dtype, jnp.float32))
+  own_signal = method.signal is not method.threshold
+  return Running(
+    start if is_measured(method.threshold) else None,
+    start if own_signal and is_measured(method.signal) else None,
   )
+
+
+def layer(
+  x: jax.Array,
+  parameters: Parameters,
+  method: methods.Method,
+  running: Running,
+  *,
+  state: NeuronState | None,
+  use_running_average: bool,
+  momentum: float,
+  **settings,
+) -> tuple[jax.Array, NeuronState, Record, Running]:
+  """`run`, and the running averages kept: what Linen's and NNX's modules do.
+
+  Args:
+    x: pre-synaptic input, [T, B, ...].
+    parameters: the neuron's numbers.
+    method: the rules.
+    running: averages of a whole recording, [T]; scalars for a single timestep.
+    state: the state before x, a part of the recording; None if x is all of it.
+    use_running_average: inference by the averages; they stay as they are.
+    momentum: the share of the old averages that is kept [eq 6].
+    **settings: further arguments of `run`.
+
+  Returns:
+    Spikes, state and `Record` of `run`, and the new running averages.
+
+  Raises:
+    ValueError: what `run` raises; x is not the whole recording, or reaches
+      past its end.
+  """
+  start = _start(running, state, x.shape[0])
+  here = jax.tree.map(
+    lambda a: lax.dynamic_slice_in_dim(jnp.atleast_1d(a), start, x.shape[0]),
+    running,
+  )
+  spikes, state, record = run(
+    x,
+    parameters,
+    method,
+    state=state,
+    running=here if use_running_average else None,
+    **settings,
+  )
+  if not use_running_average:
+    measured = Running(
+      *(
+        None if average is None else value
+        for average, value in zip(running, record[:2], strict=True)
+      )
+    )
+    new = jax.tree.map(
+      lambda old, new: statistics.running_average(old, new, momentum),
+      here,
+      measured,
+    )
+    running = jax.tree.map(
+      lambda a, new: lax.dynamic_update_slice_in_dim(
+        jnp.atleast_1d(a), new, start, 0
+      ).reshape(a.shape),
+      running,
+      new,
+    )
+  return spikes, state, record, running
+
+
+def _start(running, state, num_steps):
+  """The index of x's first timestep in the running averages."""
+  averages = jax.tree.leaves(running)
+  if state is None or not averages or averages[0].ndim == 0:
+    start = 0
+  else:
+    start = state.t
+  known = not isinstance(start, jax.core.Tracer)
+  for average in averages:
+    total = max(1, average.size)
+    end = num_steps + (int(start) if known else 0)
+    if end > total or (state is None and end != total):
+      raise ValueError(
+        'This neuron keeps one running value per timestep: expected T = '
+        f'{total} in all, got x with T = {num_steps}'
+        + (f' from timestep {int(start)} on.' if known and start else '.')
+      )
+  return start
+
+
+def at_rest(x: jax.Array) -> NeuronState:
+  """The state before the first timestep.
+
+  Args:
+    x: pre-synaptic input of one timestep, [B, ...].
+
+  Returns:
+    `NeuronState`, its membrane zero and at least float32.
+  """
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return NeuronState(jnp.zeros_like(x, dtype), jnp.zeros((), jnp.int32))
+
+
+def logit(decay: float) -> float:
+  """PLIF's `w` for a decay: `decay = sigmoid(w)`; -log(4) for 0.2."""
+  return math.log(decay / (1 - decay))
+
+
+def check_settings(neuron):
+  """Raises a `ValueError` for a setting of a neuron that is out of its range.
+
+  Args:
+    neuron: anything with the attributes of `linen.SpikingNeuron`.
+  """
+  check_positive(v_th=neuron.v_th, f_c=neuron.f_c, width=neuron.width)
+  inside = (
+    0 < neuron.decay < 1 if neuron.learn_decay else 0 <= neuron.decay <= 1
+  )
+  if not inside:
+    raise ValueError(
+      'Expected 0 <= decay <= 1, the retained fraction, both ends excluded if '
+      f'it is learnt, got decay={neuron.decay}, '
+      f'learn_decay={neuron.learn_decay}.'
+    )
+  if not 0 <= neuron.momentum <= 1:
+    raise ValueError(f'Expected 0 <= momentum <= 1, got {neuron.momentum}.')
+
+
+def check_positive(**values):
+  """Raises a `ValueError` for a number that is not positive."""
+  for name, value in values.items():
+    if isinstance(value, int | float | np.number) and not value > 0:
+      raise ValueError(f'Expected {name} > 0, got {name}={value}.')
 
 
 def _unroll(num_steps):

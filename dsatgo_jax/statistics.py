@@ -52,11 +52,7 @@ def measure(u: jax.Array, axis_name=None) -> Statistics:
   squares = jnp.sum(centred * centred) - u.size * mean * mean
   mean = shift + mean
   if axis_name is not None:
-    # An all-gather written as a sum, since a sum's result is known to be the
-    # same on all devices (`shard_map` checks that).
-    row = lax.axis_index(axis_name) == jnp.arange(num_devices)[:, None]
-    moments = jnp.where(row, jnp.stack([mean, squares]), 0)
-    means, squares = lax.psum(moments, axis_name).T
+    means, squares = gather(jnp.stack([mean, squares]), axis_name).T
     mean = means[0] + jnp.mean(means - means[0])
     squares = jnp.sum(squares) + u.size * jnp.sum((means - mean) ** 2)
   variance = jnp.maximum(squares, 0) / (count - 1)
@@ -67,6 +63,18 @@ def _near_mean(u):
   """A value near u's mean, from a sample; exact where u is constant."""
   sample = u.ravel()[:: max(1, u.size // 64)]
   return sample[0] + jnp.mean(sample - sample[0])
+
+
+def gather(x: jax.Array, axis_name) -> jax.Array:
+  """All devices' x, [devices, ...], in one all-reduce.
+
+  Written as a sum, since `shard_map` knows a sum's result to be the same on
+  all devices.
+  """
+  num_devices = lax.axis_size(axis_name)
+  mine = jnp.arange(num_devices) == lax.axis_index(axis_name)
+  mine = jnp.expand_dims(mine, range(1, x.ndim + 1))
+  return lax.psum(jnp.where(mine, x, 0), axis_name)
 
 
 def running_average(old: jax.Array, new: jax.Array, momentum) -> jax.Array:

@@ -108,7 +108,7 @@ def fast_sigmoid(z):
 
 
 def straight_through(spike: Callable) -> Callable:
-  """The same surrogate for forward mode: `jax.jvp`, `jax.jacfwd`, `jax.hessian`.
+  """The same surrogate for forward mode: `jax.jvp`, `jax.hessian`.
 
   Equal to `stop_gradient(H(x)) + (S(x) - stop_gradient(S(x)))` with S an
   antiderivative of the surrogate, at every order of differentiation.

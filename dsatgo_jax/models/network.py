@@ -1,0 +1,123 @@
+"""What all networks share: their settings, and conv - tdBN - neuron."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsatgo_jax import linen as snn
+from dsatgo_jax import methods, surrogate
+
+
+class Parts(NamedTuple):
+  """Makers of layers, with the network's settings filled in."""
+
+  conv: Callable
+  dense: Callable
+  norm: Callable
+  neuron: Callable
+
+
+class Network(nn.Module):
+  """Settings of a spiking network; `SpikingNeuron` explains the neuron's.
+
+  Attributes:
+    num_classes: K.
+    num_steps: T.
+    alpha: tdBN's deviation of the pre-synaptic input, in thresholds.
+    axis_name: mapped axis over which all statistics are pooled.
+    dtype: of the computation; membranes and statistics are at least float32.
+    param_dtype: of the parameters.
+  """
+
+  num_classes: int = 10
+  num_steps: int = 2
+  method: str | methods.Method = 'ds_atgo'
+  decay: float = 0.2
+  learn_decay: bool = True
+  v_th: float = 1.0
+  f_c: float = 1.0
+  width: float = 1.0
+  threshold: str | Callable = 'true'
+  width_signal: str | Callable = 'theta'
+  surrogate: Callable = surrogate.rectangular
+  reset: str = 'hard'
+  detach_reset: bool = False
+  momentum: float = 0.9
+  alpha: float = 1.0
+  axis_name: Any = None
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  def parts(self, train: bool) -> Parts:
+    """The makers of this network's layers."""
+    kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+    shared = kinds | {
+      'use_running_average': not train,
+      'v_th': self.v_th,
+      'axis_name': self.axis_name,
+    }
+    return Parts(
+      partial(snn.Conv, use_bias=False, **kinds),
+      partial(snn.Dense, **kinds),
+      partial(
+        snn.TdBatchNorm,
+        alpha=self.alpha,
+        factored=self.method == 'mpd_agl',
+        **shared,
+      ),
+      partial(
+        snn.SpikingNeuron,
+        method=self.method,
+        num_steps=self.num_steps,
+        decay=self.decay,
+        learn_decay=self.learn_decay,
+        f_c=self.f_c,
+        width=self.width,
+        threshold=self.threshold,
+        width_signal=self.width_signal,
+        surrogate=self.surrogate,
+        reset=self.reset,
+        detach_reset=self.detach_reset,
+        momentum=self.momentum,
+        **shared,
+      ),
+    )
+
+  def static_steps(self, x) -> int | None:
+    """`num_steps` for images [B, H, W, C], None for frames [T, B, H, W, C]."""
+    if x.ndim == 4:
+      return self.num_steps
+    if x.ndim == 5 and x.shape[0] == self.num_steps:
+      return None
+    raise ValueError(
+      'Expected images [B, H, W, C] or frames [T, B, H, W, C] with '
+      f'T = {self.num_steps} (num_steps), got {x.shape=}.'
+    )
+
+
+class Spiking(nn.Module):
+  """A layer of weights, tdBN and neurons.
+
+  Attributes:
+    layer: makes the convolution or dense layer.
+    parts: the network's makers.
+    num_steps: shows a static input [B, ...] at so many timesteps. Weights and
+      tdBN see it once, with the same result. None for an input with time.
+  """
+
+  layer: Callable
+  parts: Parts
+  num_steps: int | None = None
+
+  @nn.compact
+  def __call__(self, x):
+    """[T, B, ...], or [B, ...] with `num_steps`, to spikes [T, B, ...]."""
+    norm = self.parts.norm(repeats=self.num_steps or 1, name='norm')
+    x = norm(self.layer(name='layer')(x))
+    if self.num_steps:
+      x = snn.repeat_in_time(x, self.num_steps)
+    scale = norm.variables['params']['scale']
+    return self.parts.neuron(name='neuron')(x, tdbn_scale=scale)
