@@ -190,7 +190,8 @@ class SpikingNeuron(nn.Module):
     use_running_average = nn.merge_param(
       'use_running_average', self.use_running_average, use_running_average
     )
-    neurons.check_settings(self)
+    neurons.check_positive(v_th=self.v_th, f_c=self.f_c, width=self.width)
+    neurons.check_shares(self.decay, self.learn_decay, self.momentum)
     method = methods.get(self.method, self.threshold, self.width_signal)
     decay, v_th = self.decay, self.v_th
     if self.learn_decay:
@@ -266,8 +267,7 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
       A `NeuronState`.
     """
     del rng
-    dtype = jnp.promote_types(self.dtype or jnp.float32, jnp.float32)
-    return neurons.at_rest(jnp.zeros(input_shape, dtype))
+    return neurons.at_rest(jnp.zeros(input_shape, self.dtype or jnp.float32))
 
   @property
   def num_feature_axes(self) -> int:

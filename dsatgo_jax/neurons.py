@@ -368,24 +368,15 @@ def logit(decay: float) -> float:
   return math.log(decay / (1 - decay))
 
 
-def check_settings(neuron):
-  """Raises a `ValueError` for a setting of a neuron that is out of its range.
-
-  Args:
-    neuron: anything with the attributes of `linen.SpikingNeuron`.
-  """
-  check_positive(v_th=neuron.v_th, f_c=neuron.f_c, width=neuron.width)
-  inside = (
-    0 < neuron.decay < 1 if neuron.learn_decay else 0 <= neuron.decay <= 1
-  )
-  if not inside:
+def check_shares(decay, learn_decay, momentum):
+  """Raises a `ValueError` for a decay or a momentum out of its range."""
+  if not (0 < decay < 1 if learn_decay else 0 <= decay <= 1):
     raise ValueError(
       'Expected 0 <= decay <= 1, the retained fraction, both ends excluded if '
-      f'it is learnt, got decay={neuron.decay}, '
-      f'learn_decay={neuron.learn_decay}.'
+      f'it is learnt, got {decay=}, {learn_decay=}.'
     )
-  if not 0 <= neuron.momentum <= 1:
-    raise ValueError(f'Expected 0 <= momentum <= 1, got {neuron.momentum}.')
+  if not 0 <= momentum <= 1:
+    raise ValueError(f'Expected 0 <= momentum <= 1, got {momentum=}.')
 
 
 def check_positive(**values):
