@@ -44,7 +44,7 @@ def custom(gradient: Callable) -> Callable:
   @functools.wraps(gradient)
   def spike(x, width):
     del width
-    return (x >= 0).astype(jnp.result_type(x))
+    return jnp.asarray(x >= 0, jnp.result_type(x))
 
   def forward(x, width):
     return spike(x, width), (x, width)
@@ -62,10 +62,11 @@ def custom(gradient: Callable) -> Callable:
 def _unit_area(density: Callable) -> Callable:
   """`custom` of `density(x / width) / width`."""
 
-  @functools.wraps(density)
   def gradient(x, width):
     return density(jnp.clip(x / width, -_FAR, _FAR)) / width
 
+  # Not functools.wraps, which would give it the density's signature too.
+  gradient.__name__, gradient.__doc__ = density.__name__, density.__doc__
   return custom(gradient)
 
 
