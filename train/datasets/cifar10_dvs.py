@@ -1,0 +1,257 @@
+"""CIFAR10-DVS: 10,000 recordings of an event camera, 128 x 128, in ten classes.
+
+Li et al., "CIFAR10-DVS: An Event-Stream Dataset for Object Classification"
+(Frontiers in Neuroscience 2017). Ten archives of 1,000 `.aedat` files; events
+are gathered into frames `[T, 48, 48, 2]`.
+
+There is no official split. The literature holds out a tenth of every class, its
+first, its last or random recordings, which give different accuracies: the name
+of the configuration says which, how events are shared out among frames, and T:
+`cifar10_dvs/random_count_t10`.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import re
+import zipfile
+
+import numpy as np
+import requests
+import tensorflow_datasets as tfds
+
+SENSOR = 128
+SIZE = 48
+PAGE = 'https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671'
+URLS = {
+  name: f'https://ndownloader.figshare.com/files/{number}'
+  for name, number in {
+    'airplane': 7712788,
+    'automobile': 7712791,
+    'bird': 7712794,
+    'cat': 7712812,
+    'deer': 7712815,
+    'dog': 7712818,
+    'frog': 7712842,
+    'horse': 7712851,
+    'ship': 7712836,
+    'truck': 7712839,
+  }.items()
+}
+
+
+def decode(data):
+  """Decodes one AEDAT 2.0 file of the 128 x 128 sensor.
+
+  Lines that start with `#`, then big-endian pairs of uint32: an address,
+  `0yyyyyyyxxxxxxxp` in bits, and a timestamp in microseconds.
+
+  Args:
+    data: the file's bytes.
+
+  Returns:
+    `(row, column, polarity, time)`, each `[N]`, in the order of time, which
+    starts at 0; turned upright as the public readers do: `row = 127 - x`,
+    `column = 127 - y`, `polarity = 1 - p`.
+
+  Raises:
+    ValueError: saying what is wrong with the file.
+  """
+  start = 0
+  while data.startswith(b'#', start):
+    start = data.find(b'\n', start) + 1
+    if start == 0:
+      raise ValueError('the header has no end')
+  if data.startswith(b'#!AER-DAT') and not data.startswith(b'#!AER-DAT2.0'):
+    raise ValueError(f'expected AER-DAT2.0, got {data[:14]!r}')
+  if (len(data) - start) % 8:
+    raise ValueError(
+      f'truncated: {len(data) - start} bytes of events are no multiple of 8'
+    )
+  address, time = np.frombuffer(data, '>u4', offset=start).reshape(-1, 2).T
+  if not len(address):
+    raise ValueError('no events')
+  if address.max() > 0x7FFF:
+    raise ValueError(
+      f'address {address.max():#x} is out of range, expected up to 0x7fff'
+    )
+  # As a signed difference a clock that wraps around goes on, and the jitter of
+  # a few microseconds goes back.
+  time = (time - time[0]).astype(np.uint32).view(np.int32).astype(np.int64)
+  order = np.argsort(time, kind='stable')
+  address, time = address[order].astype(np.int64), time[order]
+  x, y, p = (address & 0xFE) >> 1, (address & 0x7F00) >> 8, address & 1
+  return SENSOR - 1 - x, SENSOR - 1 - y, 1 - p, time - time[0]
+
+
+def frames(row, column, polarity, time, num_steps, by):
+  """Counts events in T frames.
+
+  Args:
+    row: `[N]`, and so are `column`, `polarity` and `time`.
+    column: from the left.
+    polarity: 0 or 1, the channel.
+    time: in order, from 0.
+    num_steps: T.
+    by: `'count'` gives every frame as many events, `'time'` as much time.
+
+  Returns:
+    `[T, 128, 128, 2]` float32.
+  """
+  if by == 'count':
+    frame = np.arange(len(time)) * num_steps // len(time)
+  else:
+    frame = time * num_steps // (time[-1] + 1)
+  shape = (num_steps, SENSOR, SENSOR, 2)
+  index = np.ravel_multi_index((frame, row, column, polarity), shape)
+  counts = np.bincount(index, minlength=np.prod(shape))
+  return counts.astype(np.float32).reshape(shape)
+
+
+def resize_weights(size, new_size):
+  """Returns `[new_size, size]`, bilinear resizing of one axis.
+
+  Each new pixel is a weighted mean of the old ones within one new pixel's
+  width (no less than an old one's), as Pillow and torchvision resize.
+  """
+  scale = size / new_size
+  centre = (np.arange(new_size) + 0.5) * scale - 0.5
+  distance = np.abs(np.arange(size) - centre[:, None]) / max(scale, 1)
+  weights = np.clip(1 - distance, 0, None)
+  return weights / weights.sum(axis=1, keepdims=True)
+
+
+def resize(images, new_size):
+  """Resizes `[..., H, H, C]` to `[..., new_size, new_size, C]`, bilinear."""
+  *batch, size, _, channels = images.shape
+  weights = resize_weights(size, new_size).astype(np.float32)
+  images = weights @ images.reshape(*batch, size, size * channels)
+  return weights @ images.reshape(*batch, new_size, size, channels)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Cifar10DvsConfig(tfds.core.BuilderConfig):
+  """How recordings become examples.
+
+  `held_out` (`'first'`, `'last'` or `'random'`, by `seed`) tells which tenth of
+  every class is the test split; `by` and `num_steps` are those of `frames`.
+  """
+
+  held_out: str
+  by: str
+  num_steps: int
+  seed: int = 0
+
+
+class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
+  """CIFAR10-DVS as frames of event counts."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  BUILDER_CONFIGS = [
+    Cifar10DvsConfig(
+      name=f'{held_out}_{by}_t{num_steps}',
+      held_out=held_out,
+      by=by,
+      num_steps=num_steps,
+    )
+    for held_out, by, num_steps in itertools.product(
+      ('random', 'first', 'last'), ('count', 'time'), (10, 4, 5, 8, 16, 20)
+    )
+  ]
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+    f'the ten archives of {PAGE}, airplane.zip to truck.zip, or the folders '
+    'unpacked from them, in a folder cifar10_dvs'
+  )
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description='CIFAR10-DVS: events of an event camera, counted in frames.',
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Tensor(
+            shape=(self.builder_config.num_steps, SIZE, SIZE, 2),
+            dtype=np.float32,
+            encoding='bytes',
+          ),
+          'label': tfds.features.ClassLabel(names=list(URLS)),
+        }
+      ),
+      homepage=PAGE,
+    )
+
+  def _split_generators(self, dl_manager):
+    train, test = [], []
+    for label, path in _archives(dl_manager).items():
+      files = _recordings(path)
+      count = len(files) // 10
+      if not count:
+        raise ValueError(
+          f'{path}: expected 1,000 .aedat files, found {len(files)}'
+        )
+      if self.builder_config.held_out == 'random':
+        rng = np.random.default_rng(self.builder_config.seed)
+        files = [files[index] for index in rng.permutation(len(files))]
+      if self.builder_config.held_out == 'last':
+        files = files[::-1]
+      test += [(label, file) for file in files[:count]]
+      train += [(label, file) for file in files[count:]]
+    return {
+      'train': self._generate_examples(train),
+      'test': self._generate_examples(test),
+    }
+
+  def _generate_examples(self, recordings):
+    config = self.builder_config
+    for label, file in recordings:
+      try:
+        events = decode(file.read_bytes())
+      except (ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f'damaged file {file}: {error}') from error
+      counts = frames(*events, config.num_steps, config.by)
+      yield (
+        f'{label}/{file.name}',
+        {'image': resize(counts, SIZE), 'label': label},
+      )
+
+
+def _archives(dl_manager):
+  """Returns the folder or zip file of every class, downloaded if need be."""
+  try:
+    folder = pathlib.Path(dl_manager.manual_dir) / 'cifar10_dvs'
+  except AssertionError:  # TFDS's way to say that there is no such folder.
+    folder = pathlib.Path(dl_manager.download_dir) / 'manual' / 'cifar10_dvs'
+  if folder.exists():
+    paths = {name: folder / name for name in URLS}
+    paths = {
+      name: path if path.exists() else path.with_suffix('.zip')
+      for name, path in paths.items()
+    }
+    missing = [str(path) for path in paths.values() if not path.exists()]
+    if missing:
+      raise ValueError(f'CIFAR10-DVS: not found: {", ".join(missing)}')
+    return paths
+  try:  # TFDS itself would go on trying for minutes.
+    requests.head(URLS['airplane'], timeout=10)
+  except requests.RequestException as error:
+    raise ValueError(
+      f'CIFAR10-DVS cannot be downloaded ({error}) and is not in {folder}: put '
+      f'there the ten archives of {PAGE}, airplane.zip to truck.zip, or the '
+      'folders unpacked from them'
+    ) from error
+  return {
+    name: pathlib.Path(path) for name, path in dl_manager.download(URLS).items()
+  }
+
+
+def _recordings(path):
+  """Returns the `.aedat` files of a folder or zip file by their number."""
+  if path.is_dir():
+    files = list(path.rglob('*.aedat'))
+  else:
+    archive = zipfile.Path(path)
+    files = [archive / name for name in archive.root.namelist()]
+  return sorted(
+    (file for file in files if re.fullmatch(r'[^.].*\.aedat', file.name)),
+    key=lambda file: [int(number) for number in re.findall(r'\d+', file.name)],
+  )
