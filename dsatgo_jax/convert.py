@@ -1,0 +1,163 @@
+"""The authors' PyTorch ResNet-19: state dicts into our variables, and back.
+
+A state dict is a dict of NumPy arrays under PyTorch's names:
+
+    model = ResNet19(**convert.settings(state_dict), width_signal='sigma')
+    variables = model.init(jax.random.key(0), images)
+    variables = convert.from_torch(state_dict, variables)
+    logits = model.apply(variables, images)
+
+What their program keeps in no state dict has a name of our own:
+`<neuron>.running_threshold` and, where the width follows another signal than
+the threshold, `<neuron>.running_signal`, [T] each.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+# Our paths into their names, row after row.
+_NAMES = (
+  (r'^encode/neuron/', r'encode.1.neuron.'),
+  (r'^encode/', r'encode.0.'),
+  (r'^block(\d+)/spiking(\d)/neuron/', r'ResNetBlocks.\1.0.spike\2.neuron.'),
+  (r'^block(\d+)/spiking(\d)/', r'ResNetBlocks.\1.0.conv\2.'),
+  (r'^block(\d+)/downsample/', r'ResNetBlocks.\1.0.downsample.0.'),
+  (r'downsample\.0\.neuron/', r'downsample.1.neuron.'),
+  (r'^head/neuron/', r'fc.1.neuron.'),
+  (r'^head/', r'fc.0.'),
+  (r'^classifier/', r'fc.2.layer/'),
+  (r'layer/kernel$', r'layer.weight'),
+  (r'norm/scale$', r'bn.tdBN.weight'),
+  (r'norm/bias$', r'bn.tdBN.bias'),
+  (r'norm/mean$', r'bn.tdBN.running_mean'),
+  (r'norm/var$', r'bn.tdBN.running_var'),
+)
+# Where their axes go, by rank: OIHW to HWIO, [out, in] to [in, out].
+_AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}
+
+_OPTIONAL = ('running_threshold', 'running_signal')
+_IGNORED = 'num_batches_tracked'
+
+
+def settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """The attributes of the `ResNet19` that a state dict belongs to.
+
+  Args:
+    state_dict: arrays under PyTorch's names.
+
+  Returns:
+    `planes`, `stage_sizes`, `head_width`, `num_classes` and `learn_decay`; and
+    `num_steps`, where running thresholds tell it.
+
+  Raises:
+    ValueError: a weight that tells one of them is missing or misshapen.
+  """
+
+  def outputs(layer, rank):
+    name = f'{layer}.layer.weight'
+    shape = np.shape(state_dict[name]) if name in state_dict else ()
+    if len(shape) != rank:
+      raise ValueError(
+        f'Expected the state dict of a ResNet-19, with {name} of {rank} axes, '
+        f'got {shape if name in state_dict else "nothing"}.'
+      )
+    return shape[0]
+
+  found = (re.match(r'ResNetBlocks\.(\d+)\.', name) for name in state_dict)
+  num_blocks = len({match[1] for match in found if match})
+  # Each stage but the first begins with a block that changes the shape.
+  starts = [
+    i
+    for i in range(num_blocks)
+    if not i or f'ResNetBlocks.{i}.0.downsample.0.layer.weight' in state_dict
+  ]
+  attributes = {
+    'planes': tuple(outputs(f'ResNetBlocks.{i}.0.conv1', 4) for i in starts),
+    'stage_sizes': tuple(np.diff([*starts, num_blocks]).tolist()),
+    'head_width': outputs('fc.0', 2),
+    'num_classes': outputs('fc.2', 2),
+    'learn_decay': 'encode.1.neuron.w' in state_dict,
+  }
+  running = state_dict.get('encode.1.neuron.running_threshold')
+  return attributes | ({} if running is None else {'num_steps': len(running)})
+
+
+def from_torch(state_dict: Mapping[str, Any], template: Any) -> dict[str, Any]:
+  """Our variables of the authors' state dict.
+
+  Args:
+    state_dict: arrays under PyTorch's names. `num_batches_tracked` is ignored.
+      Running thresholds and running signals are optional, all of a kind.
+    template: variables of the `ResNet19` to be filled, from its `init`. They
+      say which names, shapes and dtypes are expected, and keep the running
+      thresholds and signals that the state dict does not hold.
+
+  Returns:
+    `{'params', 'batch_stats'}` of NumPy arrays, in the template's dtypes.
+
+  Raises:
+    ValueError: it names every entry that is missing, extra or misshapen.
+  """
+  expected = to_torch(template)
+  given = {
+    name: np.asarray(value)
+    for name, value in state_dict.items()
+    if not name.endswith(_IGNORED)
+  }
+  kept = tuple(
+    kind for kind in _OPTIONAL if not any(name.endswith(kind) for name in given)
+  )
+  problems = []
+  for name in (expected | given).keys():
+    want, got = (
+      tree[name].shape if name in tree else 'nothing'
+      for tree in (expected, given)
+    )
+    if want != got and not (got == 'nothing' and name.endswith(kept)):
+      problems.append(f'{name}: expected {want}, got {got}')
+  if problems:
+    raise ValueError(
+      'The state dict does not fit the network:\n  ' + '\n  '.join(problems)
+    )
+  filled = expected | given
+  variables = {
+    path: np.transpose(filled[_name(path)], _AXES[leaf.ndim]).astype(leaf.dtype)
+    for path, leaf in traverse_util.flatten_dict(template).items()
+  }
+  return traverse_util.unflatten_dict(variables)
+
+
+def to_torch(variables: Any) -> dict[str, np.ndarray]:
+  """The authors' state dict of our variables; `from_torch` undoes it exactly.
+
+  PyTorch loads it with `strict=False`: their modules know no running
+  thresholds, and `num_batches_tracked` is not among our variables.
+
+  Args:
+    variables: of a `ResNet19`: `{'params', 'batch_stats'}`, or one of the two,
+      or anything of their structure, such as gradients.
+
+  Returns:
+    NumPy arrays under PyTorch's names.
+
+  Raises:
+    ValueError: variables of another network.
+  """
+  return {
+    _name(path): np.transpose(leaf, np.argsort(_AXES[leaf.ndim]))
+    for path, leaf in traverse_util.flatten_dict(variables).items()
+  }
+
+
+def _name(path):
+  """Their name of our path, which begins with the collection."""
+  ours = name = '/'.join(path[1:])
+  for pattern, replacement in _NAMES:
+    name = re.sub(pattern, replacement, name)
+  if '/' in name:
+    raise ValueError(f'Expected variables of a ResNet19, got {ours!r}.')
+  return name
