@@ -241,7 +241,9 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
       nn.RNN(cell, time_major=True, variable_axes={'batch_stats': 0})
   """
 
-  def __call__(self, carry: NeuronState, x, use_running_average=None):
+  def __call__(  # type: ignore[override]
+    self, carry: NeuronState, x, use_running_average=None
+  ):
     """One timestep.
 
     Args:

@@ -71,19 +71,20 @@ def get(
   """
   if isinstance(method, Method):
     return method
-  method = _choose('method', method, METHODS)
+  rules = _choose('method', method, METHODS)
   rule = _choose('threshold', distribution, _DISTRIBUTIONS)
-  signal = _choose('width_signal', width_signal, _SIGNALS)
+  signal = _choose('width_signal', width_signal, _SIGNALS) or rule
   adaptive = threshold.adaptive
-  if callable(distribution) and adaptive not in method:
+  if callable(distribution) and adaptive not in rules:
     raise ValueError(
       "A threshold rule of your own needs an adaptive method: expected 'at', "
-      f"'tgo' or 'ds_atgo', got {method}."
+      f"'tgo' or 'ds_atgo', got {method=}."
     )
-  method = Method(*(rule if each is adaptive else each for each in method))
-  if method.signal is not None and signal is not None:
-    method = method._replace(signal=signal)
-  return method
+  if rules.threshold is adaptive:
+    rules = rules._replace(threshold=rule)
+  if rules.signal is adaptive:
+    rules = rules._replace(signal=signal)
+  return rules
 
 
 def _choose(name, value, choices):

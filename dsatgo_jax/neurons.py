@@ -91,9 +91,9 @@ class Record(NamedTuple):
 
   def scalars(self) -> dict[str, jax.Array]:
     """All that was recorded, by name; the statistics as `mean` and `std`."""
-    named = self._asdict() | self.statistics._asdict()
-    del named['statistics'], named['signal']
-    return named
+    named = self._asdict()
+    del named['signal']
+    return named | named.pop('statistics')._asdict()
 
 
 class _Dynamics(NamedTuple):
@@ -145,7 +145,7 @@ def step(
     ValueError: an unknown method or reset, a number that must be positive and
       is not, or one neuron in all.
   """
-  spikes, state, record = run(
+  spikes, state, happened = run(
     x[None],
     parameters,
     method,
@@ -159,7 +159,7 @@ def step(
     record=record,
     fused=False,
   )
-  return spikes[0], state, jax.tree.map(lambda a: a[0], record)
+  return spikes[0], state, jax.tree.map(lambda a: a[0], happened)
 
 
 def run(
@@ -402,7 +402,8 @@ def _forward(dynamics, x, v, t, parameters, running):
 
   def body(v, inputs):
     t, x, running = inputs
-    u = parameters.decay * v + x.astype(v.dtype)
+    # Written once, and read from there by all that follows.
+    u = lax.optimization_barrier(parameters.decay * v + x.astype(v.dtype))
     measured = None
     if dynamics.record or (
       running is None

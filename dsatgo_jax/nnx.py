@@ -219,7 +219,6 @@ class SpikingNeuron(nnx.Module):
     """
     if use_running_average is None:
       use_running_average = self.use_running_average
-    learns = isinstance(self.v_th, nnx.Param)
     averages = {
       name: getattr(self, f'running_{name}')
       for name in neurons.Running._fields
@@ -231,7 +230,7 @@ class SpikingNeuron(nnx.Module):
       x,
       neurons.Parameters(
         jax.nn.sigmoid(self.w[...]) if self.learn_decay else self.decay,
-        self.v_th[...] if learns else self.v_th,
+        self.v_th[...] if isinstance(self.v_th, nnx.Param) else self.v_th,
         self.f_c,
         self.width,
         tdbn_scale,
@@ -273,7 +272,9 @@ class SpikingCell(SpikingNeuron, nnx.RNNCellBase):
   `nnx.RNN(cell, time_major=True)` equals `SpikingNeuron`.
   """
 
-  def __call__(self, carry: NeuronState, x, use_running_average=None):
+  def __call__(  # type: ignore[override]
+    self, carry: NeuronState, x, use_running_average=None
+  ):
     """One timestep.
 
     Args:

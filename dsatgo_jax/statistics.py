@@ -47,10 +47,9 @@ def measure(u: jax.Array, axis_name=None) -> Statistics:
       f'and devices included), got {u.shape=} on {num_devices} device(s).'
     )
   shift = _near_mean(u)
-  centred = u - shift
-  mean = jnp.mean(centred)
-  squares = jnp.sum(centred * centred) - u.size * mean * mean
-  mean = shift + mean
+  total, squares = _sums(u - shift)
+  mean = shift + total / u.size
+  squares -= total * total / u.size
   if axis_name is not None:
     means, squares = gather(jnp.stack([mean, squares]), axis_name).T
     mean = means[0] + jnp.mean(means - means[0])
@@ -61,8 +60,24 @@ def measure(u: jax.Array, axis_name=None) -> Statistics:
 
 def _near_mean(u):
   """A value near u's mean, from a sample; exact where u is constant."""
-  sample = u.ravel()[:: max(1, u.size // 64)]
+  # Of one example only, so that a sharded batch need not be gathered.
+  sample = u[0].ravel()
+  sample = sample[:: max(1, sample.size // 64)]
   return sample[0] + jnp.mean(sample - sample[0])
+
+
+def _sums(x):
+  """The sums of x and of its squares."""
+  # Both in one pass. XLA makes vectors of a reduction over an inner axis, and
+  # over one that is not the batch it leaves a sharded batch where it is.
+  axes = (1,) if x.ndim > 2 else (0,)
+  sums = lax.reduce(
+    (x, x * x),
+    (jnp.zeros_like(x, shape=()),) * 2,
+    lambda a, b: (a[0] + b[0], a[1] + b[1]),
+    axes,
+  )
+  return jnp.sum(sums[0]), jnp.sum(sums[1])
 
 
 def gather(x: jax.Array, axis_name) -> jax.Array:

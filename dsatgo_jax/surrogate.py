@@ -55,7 +55,7 @@ def custom(gradient: Callable) -> Callable:
     return cotangent * slope.astype(cotangent.dtype), jnp.zeros_like(width)
 
   spike.defvjp(forward, backward)
-  spike.gradient = gradient
+  spike.gradient = gradient  # type: ignore[attr-defined]
   return spike
 
 
@@ -108,7 +108,7 @@ def fast_sigmoid(z):
   return 1 / (1 + 2 * jnp.abs(z)) ** 2
 
 
-def straight_through(spike: Callable) -> Callable:
+def straight_through(spike) -> Callable:
   """The same surrogate for forward mode: `jax.jvp`, `jax.hessian`.
 
   Equal to `stop_gradient(H(x)) + (S(x) - stop_gradient(S(x)))` with S an
@@ -133,5 +133,5 @@ def straight_through(spike: Callable) -> Callable:
     spikes = twin(x, width)
     return spikes, (slope * tangents[0]).astype(spikes.dtype)
 
-  twin.gradient = spike.gradient
+  twin.gradient = spike.gradient  # type: ignore[attr-defined]
   return twin
