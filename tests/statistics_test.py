@@ -1,0 +1,200 @@
+"""Membrane statistics: right where it is hard, and pooled over devices."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from dsatgo_jax import neurons, statistics
+
+measure = jax.jit(statistics.measure)
+
+
+def expected(u):
+  """Of the very numbers, in float64."""
+  u = np.asarray(u, np.float64)
+  return np.mean(u), np.std(u, ddof=1)
+
+
+def noise(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize('shape', [(2,), (3, 5), (4, 8, 8, 16), (2**20,)])
+def test_equals_numpy_with_ddof_1(shape):
+  u = 3 * noise(*shape) - 1
+  np.testing.assert_allclose(measure(u), expected(u), rtol=1e-5)
+  with jax.enable_x64(True):
+    u = np.asarray(u, np.float64)
+    np.testing.assert_allclose(measure(u), expected(u), rtol=1e-12)
+
+
+@pytest.mark.parametrize('mean', [3e3, -3e3])
+@pytest.mark.parametrize('std', [1.0, 1e-2])
+def test_mean_far_from_zero(mean, std):
+  u = np.float32(mean) + np.float32(std) * noise(64, 1000)
+  measured = measure(u)
+  np.testing.assert_allclose(measured.mean, expected(u)[0], rtol=2e-7)
+  np.testing.assert_allclose(measured.std, expected(u)[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize('shape', [(4096,), (4, 8, 8, 16)])
+@pytest.mark.parametrize('where', [0, 1, 2048, 4095])
+@pytest.mark.parametrize('outlier', [1e6, -1e12])
+def test_one_huge_outlier(shape, where, outlier):
+  u = noise(*shape)
+  u.flat[where] = outlier
+  np.testing.assert_allclose(measure(u), expected(u), rtol=1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+  value=st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False),
+  shape=st.sampled_from([(2,), (3, 7), (130,), (10, 13, 17)]),
+)
+def test_constant_membrane_is_its_own_mean(value, shape):
+  mean, std = measure(jnp.full(shape, value, jnp.float32))
+  assert (mean, std) == (value, 0)
+
+
+@pytest.mark.parametrize('bad', [np.inf, -np.inf, np.nan])
+def test_an_undefined_entry_makes_the_statistics_undefined(bad):
+  u = noise(10, 10)
+  u[3, 3] = bad
+  mean, std = measure(u)
+  assert np.isnan(std) and np.isnan(mean + std)
+
+
+def test_one_neuron_in_all_has_no_deviation():
+  with pytest.raises(ValueError, match=r'at least two.*\(1, 1\).* 1 device'):
+    statistics.measure(jnp.ones((1, 1)))
+  four = jax.vmap(
+    functools.partial(statistics.measure, axis_name='i'), axis_name='i'
+  )
+  np.testing.assert_allclose(
+    four(jnp.arange(4.0)[:, None, None]).std[0], np.sqrt(5 / 3), rtol=1e-6
+  )
+
+
+def test_has_no_gradient():
+  gradient = jax.grad(lambda u: sum(statistics.measure(u)))(noise(6, 5))
+  chex.assert_trees_all_equal(gradient, jnp.zeros((6, 5)))
+
+
+# From f(part of the batch), which pools over 'batch', to f of [4, ...].
+OVER_DEVICES = {
+  'vmap': lambda f: jax.vmap(f, axis_name='batch'),
+  'pmap': lambda f: jax.pmap(f, axis_name='batch'),
+  'shard_map': lambda f: jax.jit(
+    jax.shard_map(
+      f,
+      mesh=jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,)),
+      in_specs=P('batch'),
+      out_specs=P(),
+    )
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  'over_devices', OVER_DEVICES.values(), ids=OVER_DEVICES
+)
+def test_devices_pool_to_the_whole_batch(over_devices):
+  pooled = over_devices(
+    functools.partial(statistics.measure, axis_name='batch')
+  )
+  u = noise(4, 8, 32, 32)
+  far = np.float32(3000) + u
+  apart = u + np.float32([-5000, 0, 3, 7000])[:, None, None, None]
+  for values, rtol in ((u, 1e-5), (far, 1e-4), (apart, 1e-5)):
+    np.testing.assert_allclose(
+      pooled(values).mean, expected(values)[0], rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+      pooled(values).std, expected(values)[1], rtol=rtol
+    )
+  with jax.enable_x64(True):
+    u = apart.astype(np.float64)
+    np.testing.assert_allclose(pooled(u).mean, expected(u)[0], rtol=1e-12)
+    np.testing.assert_allclose(pooled(u).std, expected(u)[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+  'over_devices', OVER_DEVICES.values(), ids=OVER_DEVICES
+)
+def test_constant_membrane_over_devices(over_devices):
+  pooled = over_devices(
+    functools.partial(statistics.measure, axis_name='batch')
+  )
+  measured = pooled(np.full((4, 3, 7), 0.1, np.float32))
+  np.testing.assert_array_equal(measured.mean, np.float32(0.1))
+  np.testing.assert_array_equal(measured.std, 0)
+
+
+def test_several_axes():
+  pool = functools.partial(statistics.measure, axis_name=('a', 'b'))
+  u = noise(2, 3, 5)
+  pooled = jax.vmap(jax.vmap(pool, axis_name='b'), axis_name='a')(u)
+  np.testing.assert_allclose(
+    pooled.std, np.full((2, 3), expected(u)[1]), rtol=1e-5
+  )
+
+
+def test_running_average():
+  old, new = jnp.array([1.0, 2.0]), jnp.array([3.0, -2.0])
+  average = statistics.running_average(old, new, 0.9)
+  np.testing.assert_allclose(average, [1.2, 1.6], rtol=1e-6)
+  double = statistics.running_average(old.astype(jnp.bfloat16), new, 0.5)
+  chex.assert_trees_all_equal(double, jnp.array([2, 0], jnp.bfloat16))
+  gradient = jax.grad(lambda a: statistics.running_average(a, a, 0.9))(1.0)
+  assert gradient == 0
+
+
+# What a layer does with such membranes.
+
+
+@pytest.mark.parametrize('value', [0.0, 0.1, -3.0, 3000.1])
+@pytest.mark.parametrize('method', ['at', 'ds_atgo'])
+def test_a_constant_membrane_fires_everywhere(value, method):
+  """Theta equals it, and equality fires; zero input is such a membrane."""
+  x = jnp.full((3, 4, 5), value)
+  parameters = neurons.Parameters(decay=0.0)
+  spikes, _, record = neurons.run(x, parameters, method, record=True)
+  np.testing.assert_array_equal(record.theta, np.float32(value))
+  np.testing.assert_array_equal(spikes, 1)
+  np.testing.assert_array_equal(record.firing_rate, 1)
+  np.testing.assert_array_equal(record.statistics.std, 0)
+
+
+def test_zero_input_against_a_fixed_threshold_stays_silent():
+  spikes, state, record = neurons.run(jnp.zeros((3, 4, 5)), method='tgo')
+  assert not spikes.any() and not state.v.any()
+  np.testing.assert_allclose(record.width, 1 - np.tanh(1), rtol=1e-6)
+
+
+def test_mean_3000_deviation_1_fires_as_theorem_1_says():
+  x = 3000 + noise(1, 100_000)[:, :, None]
+  spikes, _, record = neurons.run(x)
+  np.testing.assert_allclose(record.theta, 3001, atol=0.02)
+  assert spikes.mean() == pytest.approx(0.1587, abs=0.003)
+
+
+@pytest.mark.parametrize('bad', [np.inf, -np.inf, np.nan])
+def test_an_undefined_input_silences_the_layer(bad):
+  """Theta is undefined from there on; other neurons keep finite gradients."""
+  x = noise(3, 10, 10)
+  x[1, 2, 3] = bad
+  spikes, pull, record = jax.vjp(
+    lambda x: neurons.run(x)[::2], jnp.asarray(x), has_aux=True
+  )
+  assert spikes[0].any() and not spikes[1:].any()
+  np.testing.assert_array_equal(np.isnan(record.theta), [False, True, True])
+  (gradient,) = pull(jnp.ones_like(spikes))
+  assert np.isfinite(gradient.at[:, 2, 3].set(0)).all()
