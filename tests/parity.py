@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dsatgo_jax import convert, losses, methods, neurons
+from dsatgo_jax import convert, losses, neurons
 from dsatgo_jax import linen as snn
 from dsatgo_jax.models import ResNet19
 
@@ -48,22 +48,25 @@ def neuron(arrays):
   layer = snn.SpikingNeuron(
     **DS_ATGO, **settings, learn_decay=learnt, param_dtype=jnp.float64
   )
-  variables = layer.init(jax.random.key(0), arrays['b0.input'], False)
   params = {'w': arrays['w']} if learnt else {}
-  decay = jax.nn.sigmoid(arrays['w']) if learnt else layer.decay
+  variables = layer.init(jax.random.key(0), arrays['b0.input'], False)
   stats = variables['batch_stats']
 
-  def train(params, stats, x):
+  def forward(params, stats, x):
     variables = {'params': params, 'batch_stats': stats}
     return layer.apply(variables, x, False, mutable=['batch_stats', 'spiking'])
 
+  @jax.jit
+  def train(params, stats, x, cotangent):
+    spikes, pull, new = jax.vjp(forward, params, stats, x, has_aux=True)
+    return spikes, new, pull(cotangent)
+
   for b in numbered('b', arrays):
-    x = arrays[f'{b}.input']
-    spikes, pull, new = jax.vjp(train, params, stats, x, has_aux=True)
-    grads, _, grad_input = pull(jnp.asarray(arrays[f'{b}.cotangent']))
+    x, cotangent = arrays[f'{b}.input'], arrays[f'{b}.cotangent']
+    spikes, new, (grads, _, grad_input) = train(params, stats, x, cotangent)
     stats = new['batch_stats']
     yield f'{b}.spikes', spikes
-    yield f'{b}.membrane_after_reset', membranes(x, decay)
+    yield f'{b}.membrane_after_reset', membranes(x, **params or settings)
     yield f'{b}.threshold', new['spiking']['theta']
     yield f'{b}.width', new['spiking']['width']
     yield f'{b}.grad_input', grad_input
@@ -74,12 +77,14 @@ def neuron(arrays):
   yield 'eval.spikes', layer.apply(variables, arrays['eval.input'], True)
 
 
-def membranes(x, decay):
+@jax.jit
+def membranes(x, w=None, decay=None):
   """The membrane after the reset, of all timesteps."""
+  decay = jax.nn.sigmoid(w) if decay is None else decay
   parameters = neurons.Parameters(decay)
   state, after = None, []
   for x_t in x:
-    _, state, _ = neurons.step(state, x_t, parameters, methods.get(**DS_ATGO))
+    _, state, _ = neurons.step(state, x_t, parameters, 'ds_atgo')
     after.append(state.v)
   return jnp.stack(after)
 
@@ -216,10 +221,10 @@ class Arrays(dict):
 def load(path):
   """The arrays of a file, floating point ones as float64."""
   try:
-    archive = np.load(path)
-    if isinstance(archive, np.ndarray):
-      raise ValueError('a single array')
-    with archive:
+    with open(path, 'rb') as file:
+      archive = np.load(file)
+      if isinstance(archive, np.ndarray):
+        raise ValueError('a single array')
       arrays = Arrays(archive)
   except (
     OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error,
