@@ -192,6 +192,7 @@ def train_batches(source, config, *, start_step=0, host=0, num_hosts=1):
     `b = batch_size // num_hosts`.
   """
   batch_size = config.batch_size
+  per_host = _per_host(batch_size, num_hosts)
   batches = (
     grain.MapDataset.source(source)
     .seed(config.seed)
@@ -199,7 +200,7 @@ def train_batches(source, config, *, start_step=0, host=0, num_hosts=1):
     .random_map(augment.training(config.augment))
     .slice(slice(len(source) // batch_size * batch_size))
     .slice(slice(host, None, num_hosts))
-    .batch(_per_host(batch_size, num_hosts))
+    .batch(per_host)
     .repeat()
     .slice(slice(start_step, None))
   )
@@ -221,6 +222,7 @@ def eval_batches(source, config, *, batch_size, host=0, num_hosts=1):
     `b = batch_size // num_hosts`, as many on every host; `mask` is False where
     the last example fills the batch.
   """
+  per_host = _per_host(batch_size, num_hosts)
   last = len(source) - 1
   transform = augment.evaluation(config.augment)
 
@@ -231,7 +233,7 @@ def eval_batches(source, config, *, batch_size, host=0, num_hosts=1):
     grain.MapDataset.range(-(-len(source) // batch_size) * batch_size)
     .map(example)
     .slice(slice(host, None, num_hosts))
-    .batch(_per_host(batch_size, num_hosts))
+    .batch(per_host)
   )
   return iter(_read_ahead(batches, config.num_workers))
 

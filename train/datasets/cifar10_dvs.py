@@ -181,6 +181,7 @@ class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager):
+    rng = np.random.default_rng(self.builder_config.seed)
     train, test = [], []
     for label, path in _archives(dl_manager).items():
       files = _recordings(path)
@@ -190,7 +191,6 @@ class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
           f'{path}: expected 1,000 .aedat files, found {len(files)}'
         )
       if self.builder_config.held_out == 'random':
-        rng = np.random.default_rng(self.builder_config.seed)
         files = [files[index] for index in rng.permutation(len(files))]
       if self.builder_config.held_out == 'last':
         files = files[::-1]
@@ -249,7 +249,10 @@ def _recordings(path):
   if path.is_dir():
     files = list(path.rglob('*.aedat'))
   else:
-    archive = zipfile.Path(path)
+    try:
+      archive = zipfile.Path(path)
+    except zipfile.BadZipFile as error:
+      raise ValueError(f'damaged file {path}: {error}') from error
     files = [archive / name for name in archive.root.namelist()]
   return sorted(
     (file for file in files if re.fullmatch(r'[^.].*\.aedat', file.name)),

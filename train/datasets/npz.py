@@ -63,11 +63,11 @@ def _arrays(path):
       + ', '.join(NAMES)
     )
   try:
-    with np.load(path) as file:
-      missing = [name for name in NAMES if name not in file]
+    with open(path, 'rb') as file, np.load(file) as arrays:
+      missing = [name for name in NAMES if name not in arrays]
       if not missing:
-        return [file[name] for name in NAMES]
-      found = ', '.join(file) or 'nothing'
+        return [arrays[name] for name in NAMES]
+      found = ', '.join(arrays) or 'nothing'
   except (OSError, EOFError, TypeError, AttributeError, ValueError) as error:
     raise ValueError(f'not a whole .npz file of arrays: {error}') from error
   except (zipfile.BadZipFile, zlib.error) as error:
