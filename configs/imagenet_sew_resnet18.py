@@ -1,0 +1,73 @@
+"""ImageNet-2012: SEW-ResNet-18 with T = 4, on four GPUs.
+
+  pip install '.[train,cuda13]'
+  python -m train.main --config=configs/imagenet_sew_resnet18.py \
+    --workdir=runs/imagenet_sew_resnet18
+
+`--config.method` and `--config.seed` choose another method and seed.
+
+Published accuracy: 68.86 +- 0.25 % (DS-ATGO, AAAI 2026). Published of the
+recipe: network, T, crops of 224 x 224 and cross-entropy. The rest is that of
+SEW-ResNet's program (Fang et al., NeurIPS 2021), which is the nearest. 5,004
+steps an epoch, 1,601,280 in all. SEW-ResNet-34: `--config.model=SEWResNet34`.
+TensorFlow is needed once, to prepare the data: `pip install tensorflow`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  config = ConfigDict()
+
+  # Data.
+  config.dataset = 'imagenet2012'
+  config.data_path = ''  # The file of dataset = 'npz'.
+  config.data_dir = None  # Where TFDS keeps its datasets; None: its default.
+  config.validation_fraction = 0.0  # All 1,281,167 train.
+  config.normalize = True
+  config.mean = (0.485, 0.456, 0.406)  # The customary ones; SEW-ResNet's.
+  config.std = (0.229, 0.224, 0.225)
+  config.augment = ('random_resized_crop:224', 'flip')  # SEW-ResNet's.
+  config.num_workers = 32  # Processes that read and augment; chosen.
+  config.batch_size = 256  # Over all devices; SEW-ResNet's 32 on each of eight.
+
+  # Network.
+  config.model = 'SEWResNet18'  # A class of dsatgo_jax.models.
+  config.model_args = ConfigDict()
+  config.num_steps = 4  # T, published.
+  config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
+  config.neuron = ConfigDict(
+    {
+      'decay': 0.2,  # Retained share of the membrane; where PLIF starts.
+      'learn_decay': True,  # PLIF, or LIF.
+      'v_th': 1.0,
+      'f_c': 1.0,
+      'width': 1.0,
+      'threshold': 'true',
+      'width_signal': 'theta',  # The authors' program: 'sigma'.
+      'reset': 'hard',
+      'detach_reset': False,
+      'momentum': 0.9,
+    }
+  )
+  config.dtype = 'bfloat16'  # SEW-ResNet trains in half precision too.
+
+  # Optimisation.
+  config.seed = 0
+  config.num_epochs = 320  # SEW-ResNet's.
+  config.loss = 'cross_entropy'  # Of the mean logits; published.
+  config.label_smoothing = 0.0
+  config.optimizer = 'sgd'  # Or 'adamw'.
+  config.learning_rate = 0.1  # SEW-ResNet's; cosine to 0.
+  config.momentum = 0.9  # SEW-ResNet's.
+  config.weight_decay = 0.0  # SEW-ResNet's.
+  config.warmup_epochs = 0
+  config.cosine_per = 'epoch'  # As PyTorch steps it.
+  config.grad_clip_norm = 0.0  # None.
+
+  config.select_on = (
+    'validation'  # 'test' chooses as the authors' program does.
+  )
+  config.log_every = 100
+  config.profile = False
+  return config
