@@ -1,0 +1,66 @@
+"""Handwritten digits: 1,797 real images of 8 x 8 pixels, from scikit-learn.
+
+  python -m train.main --config=configs/digits.py --workdir=runs/digits
+
+Must reach a mean test accuracy of 98 % over seeds 0 to 4, and end within three
+minutes on two CPU cores:
+
+  python -m train.seeds --config=configs/digits.py --workdir=runs/seeds
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  config = ConfigDict()
+
+  # Data.
+  config.dataset = 'digits'  # Or 'npz', or another dataset of TFDS.
+  config.data_path = ''  # The file of dataset = 'npz'.
+  config.data_dir = None  # Where TFDS keeps its datasets; None: its default.
+  config.validation_fraction = 0.1  # Of the training split, held out.
+  config.normalize = True  # By mean and deviation of the training split.
+  config.mean = None
+  config.std = None
+  config.augment = ('random_crop:1',)  # See train/augment.py.
+  config.num_workers = 0  # Processes that read and augment; 0: threads.
+  config.batch_size = 64  # Over all devices.
+
+  # Network.
+  config.model = 'ConvNet'  # A class of dsatgo_jax.models.
+  config.model_args = ConfigDict({'stages': ((32, 32), (64, 64))})
+  config.num_steps = 4  # T.
+  config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
+  config.neuron = ConfigDict(
+    {
+      'decay': 0.2,  # Retained share of the membrane; where PLIF starts.
+      'learn_decay': True,  # PLIF, or LIF.
+      'v_th': 1.0,
+      'f_c': 1.0,
+      'width': 1.0,
+      'threshold': 'true',
+      'width_signal': 'theta',
+      'reset': 'hard',
+      'detach_reset': False,
+      'momentum': 0.9,
+    }
+  )
+  config.dtype = 'float32'  # Or 'bfloat16'; the parameters are float32.
+
+  # Optimisation.
+  config.seed = 0
+  config.num_epochs = 30
+  config.loss = 'cross_entropy'  # Or 'tet'.
+  config.label_smoothing = 0.1
+  config.optimizer = 'sgd'  # Or 'adamw'.
+  config.learning_rate = 0.1
+  config.momentum = 0.9
+  config.weight_decay = 1e-4
+  config.warmup_epochs = 1
+  config.cosine_per = 'step'
+  config.grad_clip_norm = 0.0
+
+  config.select_on = 'validation'
+  config.log_every = 10
+  config.profile = False
+  return config

@@ -1,0 +1,127 @@
+"""Checkpoints: the latest states and the best one, checked when read.
+
+The only file that knows Orbax. A checkpoint is a state, as host arrays, and
+`info`, a dict of plain values with at least `step`; a checksum over both is
+kept with them, because array data damaged on disk reads back without an error.
+"""
+
+import json
+import pathlib
+import zlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import serialization, traverse_util
+
+# Two of the latest, so that a damaged one leaves one to go back to.
+KEPT = {'latest': 2, 'best': 1}
+
+
+def directory(workdir, which):
+  """The folder of the `'latest'` or `'best'` checkpoints."""
+  return pathlib.Path(workdir).absolute() / 'checkpoints' / which
+
+
+def manager(workdir, which, tidy=True):
+  """Returns the Orbax manager that `save` takes; a context manager.
+
+  One process alone may open it, whatever the number of processes. `tidy`
+  removes what a killed process left half written.
+  """
+  folder = directory(workdir, which)
+  folder.mkdir(parents=True, exist_ok=True)
+  return ocp.CheckpointManager(
+    folder,
+    options=ocp.CheckpointManagerOptions(
+      create=False,
+      max_to_keep=KEPT[which],
+      cleanup_tmp_directories=tidy,
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix=which
+      ),
+    ),
+  )
+
+
+def save(manager, state, info):
+  """Saves a state in the background, as step `info['step']`.
+
+  Steps from there on, if any, are left over from before a resume, and go.
+  """
+  for step in manager.all_steps():
+    if step >= info['step']:
+      manager.delete(step)
+  # Copies: the arrays' memory is given away while Orbax still writes.
+  state = jax.tree.map(np.array, serialization.to_state_dict(state))
+  info = json.loads(json.dumps(info))  # Tuples read back as lists.
+  info['checksum'] = checksum(state, info)
+  manager.save(
+    info['step'],
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)
+    ),
+  )
+
+
+def restore(workdir, which='latest', repair=False):
+  """Returns the newest intact checkpoint, or None if there is none at all.
+
+  Args:
+    workdir: of the run.
+    which: 'latest' or 'best'.
+    repair: whether to delete damaged checkpoints that are newer.
+
+  Returns:
+    `(state, info)`, the state as a dict of arrays for
+    `flax.serialization.from_state_dict`.
+
+  Raises:
+    ValueError: there are checkpoints, but not an intact one.
+  """
+  folder = directory(workdir, which)
+  if not folder.is_dir():
+    return None
+  damaged = []
+  with manager(workdir, which, tidy=repair) as open_manager:
+    for step in sorted(open_manager.all_steps(), reverse=True):
+      try:
+        state, info = _read(open_manager, step)
+      except Exception as error:  # What Orbax raises depends on what was hit.
+        reason = repr(error)[:200]
+        logging.warning('Damaged checkpoint %s/%d: %s', folder, step, reason)
+        damaged.append(step)
+        continue
+      for step in damaged if repair else ():
+        open_manager.delete(step)
+      return state, info
+  if damaged:
+    raise ValueError(
+      f'expected an intact checkpoint in {folder}, got damaged ones only '
+      f'(steps {damaged}); remove the folder to start over'
+    )
+  return None
+
+
+def checksum(state, info):
+  """CRC-32 of a dict of arrays, names, dtypes and shapes, and of `info`."""
+  crc = zlib.crc32(json.dumps(info, sort_keys=True).encode())
+  for name, array in sorted(traverse_util.flatten_dict(state, sep='/').items()):
+    crc = zlib.crc32(f'{name} {array.dtype} {array.shape}'.encode(), crc)
+    crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view('u1'), crc)
+  return crc
+
+
+def _read(manager, step):
+  restored = manager.restore(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardRestore(), info=ocp.args.JsonRestore()
+    ),
+  )
+  state, info = restored['state'], restored['info']
+  expected = info.pop('checksum')
+  if (got := checksum(state, info)) != expected:
+    raise ValueError(f'expected checksum {expected}, got {got}')
+  return state, info

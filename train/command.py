@@ -1,0 +1,51 @@
+"""How the commands of this folder run: whatever goes wrong is one line."""
+
+import sys
+
+from absl import app, flags, logging
+
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run: checkpoints, metrics, report.'
+)
+
+
+def run(main, *required):
+  """Runs `main()` with the flags parsed; the `required` ones must be given.
+
+  `-v=0` shows the libraries' own log, `-v=1` the traceback of an error.
+  """
+
+  def parse(argv):
+    try:
+      rest = app.parse_flags_with_usage(argv)[1:]
+      if rest:
+        raise ValueError(f'expected flags only, got {" ".join(rest)}')
+      for name in required:
+        value = flags.FLAGS[name].value
+        if value is None:
+          raise ValueError(f'expected --{name}')
+        getattr(
+          value, 'keys', None
+        )  # Where a config file was not read, raises.
+    except Exception as error:  # A config file may raise anything.
+      end(error)
+    if flags.FLAGS['verbosity'].using_default_value:
+      logging.set_verbosity(logging.WARNING)
+    return argv[:1]
+
+  def guarded(_):
+    try:
+      main()
+    except (ValueError, FloatingPointError) as error:
+      logging.debug('', exc_info=True)
+      end(error)
+
+  app.run(guarded, flags_parser=parse)
+
+
+def end(error):
+  """Ends the process with an error in one line."""
+  while error.args and isinstance(error.args[0], Exception):
+    error = error.args[0]
+  message = error.args[0] if isinstance(error, KeyError) else error
+  sys.exit(f'error: {" ".join(str(message).split())}')

@@ -1,0 +1,98 @@
+"""Evaluates a checkpoint: accuracy, and the activity of every layer.
+
+python -m train.evaluate --workdir=runs/digits
+"""
+
+import json
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from train import checkpoints, command, data, loop
+
+CHECKPOINT = flags.DEFINE_enum(
+  'checkpoint', 'latest', ['latest', 'best'], 'Which state of the run.'
+)
+SPLIT = flags.DEFINE_enum(
+  'split', 'test', ['train', 'validation', 'test'], 'Which examples.'
+)
+DATA_PATH = flags.DEFINE_string(
+  'data_path', None, 'The .npz file, if not the one of the run.'
+)
+JSON = flags.DEFINE_bool('json', False, 'Print one JSON object and no more.')
+
+
+def evaluate(workdir, checkpoint='latest', split='test', data_path=None):
+  """Returns loss, accuracy and activity of a checkpoint on a split.
+
+  Raises:
+    ValueError: no such checkpoint or split, or data that do not fit it.
+  """
+  found = checkpoints.restore(workdir, checkpoint)
+  if not found:
+    raise ValueError(
+      f'expected a run with a {checkpoint} checkpoint in {workdir}, got none'
+    )
+  state, info = found
+  config, facts = ConfigDict(info['config']), info['data']
+  if data_path:
+    config.data_path = data_path
+  dataset = data.load(config)
+  for name in ('example_shape', 'num_classes'):
+    expected, got = facts[name], loop.describe(dataset)[name]
+    if got != expected:
+      raise ValueError(f'expected data with {name} {expected}, got {got}')
+  if getattr(dataset, split) is None:
+    raise ValueError('expected a split of the run, got validation: it has none')
+  # The run may have had other devices; what is too much is masked.
+  config.batch_size += -config.batch_size % jax.device_count()
+  return {
+    'checkpoint': checkpoint,
+    'step': info['step'],
+    'split': split,
+    'selected_on': info['best'] and config.select_on,
+    **loop.evaluate(
+      loop.create_eval_step(config, facts),
+      {name: state[name] for name in ('params', 'batch_stats')},
+      getattr(dataset, split),
+      config,
+    ),
+  }
+
+
+def table(title, layers, name):
+  """Returns the lines of a table in percent: a row a layer, a column a t."""
+  num_steps = len(next(iter(layers.values()))[name])
+  wide = max(map(len, [title, *layers]))
+  columns = [f't={t}' for t in range(1, num_steps + 1)] + ['mean']
+  lines = [f'{title:{wide}}' + ''.join(f'{column:>7}' for column in columns)]
+  for layer, measured in layers.items():
+    values = [*measured[name], np.mean(measured[name])]
+    lines.append(f'{layer:{wide}}' + ''.join(f'{100 * x:7.2f}' for x in values))
+  return lines
+
+
+def main():
+  """Prints the evaluation, for people or as JSON."""
+  found = evaluate(
+    command.WORKDIR.value, CHECKPOINT.value, SPLIT.value, DATA_PATH.value
+  )
+  if JSON.value:
+    print(json.dumps(found))
+    return
+  print(
+    f'accuracy {found["accuracy"]:.2%}, loss {found["loss"]:.4f} on '
+    f'{found["num_examples"]} {found["split"]} examples; '
+    f'{found["checkpoint"]} checkpoint, step {found["step"]}'
+  )
+  for title, name in (
+    ('firing rate, %', 'firing_rate'),
+    ('in the gradient window, %', 'gradient_share'),
+  ):
+    print('', *table(title, found['layers'], name), sep='\n')
+
+
+if __name__ == '__main__':
+  command.run(main, 'workdir')

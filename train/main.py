@@ -1,0 +1,63 @@
+"""Trains a spiking network.
+
+  python -m train.main --config=configs/digits.py --workdir=runs/digits
+
+Every field of the config can be set on the command line, as in
+`--config.num_epochs=5 --config.method=vanilla`; the config file explains them.
+The same command again resumes a run that was interrupted.
+"""
+
+import time
+
+from absl import flags
+from ml_collections import config_flags
+
+from train import command
+
+CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The settings of the run, as configs/digits.py.'
+)
+COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'For several processes: HOST:PORT of the first one, on every one of them. '
+  '"auto" where JAX knows the cluster manager, as Slurm.',
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'How many processes train together.'
+)
+PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this one is, counted from 0.'
+)
+
+
+def start_jax(workdir):
+  """Joins the other processes, and keeps compiled programs in the workdir."""
+  import jax
+
+  if COORDINATOR.value == 'auto':
+    jax.distributed.initialize()
+  elif COORDINATOR.value:
+    jax.distributed.initialize(
+      COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    )
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', f'{workdir}/compiled')
+
+
+def main():
+  """Trains, prints the result and writes the report."""
+  start = time.perf_counter()
+  # Late, so that --help and misspelt flags are answered at once.
+  from train import loop, report
+
+  start_jax(command.WORKDIR.value)
+  seconds = {'import': time.perf_counter() - start}
+  result = loop.train(CONFIG.value, command.WORKDIR.value, seconds)
+  if result:
+    print(report.headline(result))
+    print('report:', report.write(command.WORKDIR.value))
+
+
+if __name__ == '__main__':
+  command.run(main, 'config', 'workdir')

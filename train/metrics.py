@@ -1,0 +1,127 @@
+"""Metrics: JSON lines, TensorBoard scalars and the progress bar."""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import tensorboardX
+import tqdm
+
+
+def read(workdir):
+  """Returns the lines of `metrics.jsonl`, one dict a step, in their order.
+
+  A last line that a killed process left incomplete is not among them.
+  """
+  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  lines = []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    with contextlib.suppress(json.JSONDecodeError):
+      lines.append(json.loads(line))
+  return lines
+
+
+@contextlib.contextmanager
+def writer(workdir, step):
+  """Yields `write(line)` for dicts with a `step`, numbers and lists of them.
+
+  Args:
+    workdir: gets `metrics.jsonl` and `tensorboard/`.
+    step: where the run starts or resumes; what was written of later steps is
+      dropped, because it comes again.
+  """
+  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  kept = [line for line in read(workdir) if line['step'] <= step]
+  replace(path, ''.join(json.dumps(line) + '\n' for line in kept))
+  board = tensorboardX.SummaryWriter(
+    str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1
+  )
+  with open(path, 'a') as file, contextlib.closing(board):
+
+    def write(line):
+      file.write(json.dumps(line) + '\n')
+      file.flush()
+      for name, value in scalars(line):
+        board.add_scalar(name, value, line['step'])
+
+    yield write
+
+
+def scalars(tree, name=''):
+  """Yields `(name, number)` out of nested dicts, and lists over timesteps."""
+  if isinstance(tree, dict):
+    for key, value in tree.items():
+      yield from scalars(value, f'{name}/{key}' if name else key)
+  elif isinstance(tree, list):
+    for t, value in enumerate(tree, start=1):
+      yield name + f'/t{t}', value
+  else:
+    yield name, tree
+
+
+def progress(config, num_steps, step):
+  """Returns the progress bar: images, images/s and the time left."""
+  return tqdm.tqdm(
+    total=num_steps * config.batch_size,
+    initial=step * config.batch_size,
+    unit=' images',
+    unit_scale=True,
+    dynamic_ncols=True,
+    # In a log file every refresh is a line of its own.
+    mininterval=0.2 if sys.stderr.isatty() else 10,
+    disable=jax.process_index() > 0,
+  )
+
+
+def show(bar, line, batch_size):
+  """Moves the progress bar on by a step."""
+  bar.set_postfix_str(
+    f'loss {line["loss"]:.3f}, accuracy {line["accuracy"]:.1%}', refresh=False
+  )
+  bar.update(batch_size)
+
+
+def summary(line):
+  """An epoch's line, for people."""
+  return '  '.join(
+    [f'epoch {line["epoch"]:.0f}']
+    + [
+      f'{name} {value:.2%}'
+      if name.endswith('accuracy')
+      else f'{name} {value:.4f}'
+      for name, value in line.items()
+      if name.startswith(('train', 'validation', 'test'))
+    ]
+  )
+
+
+@contextlib.contextmanager
+def timed(seconds, name):
+  """Adds the time spent inside to `seconds[name]`."""
+  start = time.perf_counter()
+  try:
+    yield
+  finally:
+    seconds[name] += time.perf_counter() - start
+
+
+def read_json(path):
+  """Returns what `write_json` wrote; None if there is no such file."""
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(path, tree):
+  """Writes a file of nested dicts and lists, whole or not at all."""
+  replace(path, json.dumps(tree, indent=2) + '\n')
+
+
+def replace(path, text):
+  """Writes a file that is never seen half written."""
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(text)
+  os.replace(temporary, path)

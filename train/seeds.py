@@ -1,0 +1,43 @@
+"""Trains one run a seed, and prints the mean test accuracy.
+
+  python -m train.seeds --config=configs/digits.py --workdir=runs/seeds
+
+Takes the same `--config.FIELD=...` as `train.main`, and resumes as it does.
+"""
+
+import copy
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from train import command, loop
+
+CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The settings of the runs, as configs/digits.py.'
+)
+SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2', '3', '4'], 'The seeds.')
+
+
+def main():
+  """Trains in `workdir/seed_N`; a seed that is finished is not run again."""
+  workdir = command.WORKDIR.value
+  # Shared: the seeds differ in no compiled program.
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', f'{workdir}/compiled')
+  accuracies = []
+  for seed in map(int, SEEDS.value):
+    config = copy.deepcopy(CONFIG.value)
+    config.seed = seed
+    result = loop.train(config, f'{workdir}/seed_{seed}')
+    accuracies.append(result['accuracy'])
+    print(f'seed {seed}: test accuracy {result["accuracy"]:.2%}')
+  print(
+    f'mean of {len(accuracies)} seeds: {np.mean(accuracies):.2%}, standard '
+    f'deviation {np.std(accuracies, ddof=len(accuracies) > 1):.2%}'
+  )
+
+
+if __name__ == '__main__':
+  command.run(main, 'config', 'workdir')
