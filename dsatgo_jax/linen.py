@@ -132,6 +132,7 @@ class SpikingNeuron(nn.Module):
     detach_reset: whether the reset passes no gradient to the spike.
     momentum: the share of the running threshold that is kept [eq 6].
     axis_name: mapped axis over which the statistics are pooled.
+    remat: whether the backward pass computes the membrane again.
     dtype: of the spikes; None for x's.
     param_dtype: of `w`, `v_th` and the running values (at least float32).
   """
@@ -151,6 +152,7 @@ class SpikingNeuron(nn.Module):
   detach_reset: bool = False
   momentum: float = 0.9
   axis_name: Any = None
+  remat: bool = False
   dtype: Any = None
   param_dtype: Any = jnp.float32
 
@@ -220,6 +222,7 @@ class SpikingNeuron(nn.Module):
       reset=self.reset,
       detach_reset=self.detach_reset,
       axis_name=self.axis_name if active else None,
+      remat=self.remat,
       dtype=self.dtype,
       record=active and self.is_mutable_collection('spiking'),
     )

@@ -175,6 +175,7 @@ def run(
   axis_name=None,
   dtype=None,
   record: bool = False,
+  remat: bool = False,
   fused: bool = True,
 ) -> tuple[jax.Array, NeuronState, Record]:
   """All timesteps of a sequence.
@@ -192,6 +193,8 @@ def run(
     axis_name: mapped axis over which the statistics are pooled.
     dtype: of the spikes; None for x's.
     record: whether to compute all fields of the `Record`.
+    remat: whether the backward pass computes the membrane again, keeping it
+      at about sqrt(T) timesteps only; statistics are kept, not measured again.
     fused: True runs a backward pass that keeps one array per timestep, the
       membrane before the reset, and computes the rest from it again; False
       leaves the scan to autodiff. The derivatives are the same, at any order
@@ -237,7 +240,7 @@ def run(
   parameters = jax.tree.map(
     lambda p: jnp.asarray(p, membrane_dtype), parameters
   )
-  scan = _fused if fused else _plain
+  scan = _rematerialized if remat else _fused if fused else _plain
   spikes, v, happened = scan(dynamics, x, v, state.t, parameters, running)
   state = NeuronState(v, state.t + x.shape[0])
   return spikes, state, lax.stop_gradient(happened)
@@ -480,27 +483,28 @@ def _fused_backward(dynamics, residuals, cotangents):
   decay = parameters.decay
   parameters, pool = jax.vjp(functools.partial(_vary_like, u), parameters)
 
-  def fire_back(inputs, g_v_of):
+  def back(inputs, g_v):
     """One timestep: v, and the cotangents of u and of the parameters."""
     t, u, g_spikes, running, measured = inputs
 
     def fire(u, parameters):
-      levels = _levels(dynamics.method, measured, running, parameters, t)
-      return _fire(dynamics, u, levels[0], levels[2])
+      theta, _, width = _levels(
+        dynamics.method, measured, running, parameters, t
+      )
+      return _fire(dynamics, u, theta, width)
 
     (_, v), pull = jax.vjp(fire, u, parameters)
-    return v, *pull((g_spikes, g_v_of(v)))
+    return v, *pull((g_spikes, g_v))
 
   def body(carry, inputs):
     g_u_next, g_parameters, g_decay = carry
-    v, g_u, g_here = fire_back(inputs, lambda _: decay * g_u_next)
+    v, g_u, g_here = back(inputs, decay * g_u_next)
     g_parameters = jax.tree.map(jnp.add, g_parameters, g_here)
     return (g_u, g_parameters, g_decay + jnp.sum(g_u_next * v)), g_u
 
   timesteps = t + jnp.arange(num_steps, dtype=jnp.int32)
   inputs = (timesteps, u, g_spikes, running, measured)
-  last = jax.tree.map(lambda a: a[-1], inputs)
-  _, g_last, g_parameters = fire_back(last, lambda _: g_v)
+  _, g_last, g_parameters = back(jax.tree.map(lambda a: a[-1], inputs), g_v)
   (g_u, g_parameters, g_decay), g_x = lax.scan(
     body,
     (g_last, g_parameters, jnp.zeros_like(parameters.decay)),
@@ -515,6 +519,36 @@ def _fused_backward(dynamics, residuals, cotangents):
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _rematerialized(dynamics, x, v, t, parameters, running):
+  """`_fused` in chunks of about sqrt(T), computed again for the backward pass.
+
+  Of each chunk the membrane at its start and the statistics are kept.
+  """
+  size = math.isqrt(x.shape[0])
+
+  def chunk(carry, inputs):
+    v, t = carry
+    x, running = inputs
+    spikes, v, record = _fused(dynamics, x, v, t, parameters, running)
+    return (v, t + x.shape[0]), (spikes, record)
+
+  chunk = jax.checkpoint(chunk, policy=statistics.keep)
+  rest = x.shape[0] % size
+  parts = []
+  carry, inputs = (v, t), (x, running)
+  if rest:
+    carry, part = chunk(carry, jax.tree.map(lambda a: a[:rest], inputs))
+    parts.append(part)
+  carry, part = lax.scan(
+    chunk,
+    carry,
+    jax.tree.map(lambda a: a[rest:].reshape(-1, size, *a.shape[1:]), inputs),
+  )
+  parts.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), part))
+  spikes, record = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+  return spikes, carry[0], record
 
 
 def _vary_like(x, tree):

@@ -142,6 +142,7 @@ class SpikingNeuron(nnx.Module):
     detach_reset: bool = False,
     momentum: float = 0.9,
     axis_name: Any = None,
+    remat: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs | None = None,
@@ -165,6 +166,7 @@ class SpikingNeuron(nnx.Module):
       detach_reset: whether the reset passes no gradient to the spike.
       momentum: the share of the running threshold that is kept [eq 6].
       axis_name: mapped axis over which the statistics are pooled.
+      remat: whether the backward pass computes the membrane again.
       dtype: of the spikes; None for x's.
       param_dtype: of `w`, `v_th` and the running values (at least float32).
       rngs: not needed.
@@ -182,6 +184,7 @@ class SpikingNeuron(nnx.Module):
     self.reset, self.detach_reset = reset, detach_reset
     self.momentum = momentum
     self.axis_name = axis_name
+    self.remat = remat
     self.dtype = dtype
     neurons.check_positive(v_th=v_th, f_c=f_c, width=width)
     neurons.check_shares(decay, learn_decay, momentum)
@@ -244,6 +247,7 @@ class SpikingNeuron(nnx.Module):
       reset=self.reset,
       detach_reset=self.detach_reset,
       axis_name=self.axis_name,
+      remat=self.remat,
       dtype=self.dtype,
       record=captured,
     )

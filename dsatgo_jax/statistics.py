@@ -4,11 +4,17 @@ One scalar each per layer and timestep, over all axes of the batch, pooled over
 devices by `axis_name`; no gradient flows through either.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+# A policy of `jax.checkpoint`: statistics are kept, the rest computed again.
+keep = jax.checkpoint_policies.save_only_these_names('statistics')
+named = functools.partial(checkpoint_name, name='statistics')
 
 
 class Statistics(NamedTuple):
@@ -55,7 +61,7 @@ def measure(u: jax.Array, axis_name=None) -> Statistics:
     mean = means[0] + jnp.mean(means - means[0])
     squares = jnp.sum(squares) + u.size * jnp.sum((means - mean) ** 2)
   variance = jnp.maximum(squares, 0) / (count - 1)
-  return Statistics(mean, jnp.sqrt(variance))
+  return named(Statistics(mean, jnp.sqrt(variance)))
 
 
 def _near_mean(u):

@@ -30,14 +30,14 @@ def measure(x: jax.Array, axis_name=None) -> tuple[jax.Array, jax.Array]:
   point = lax.stop_gradient(mean)
   variance = jnp.mean(jnp.square(x - point), axes) - jnp.square(mean - point)
   if axis_name is None:
-    return mean, variance
+    return statistics.named((mean, variance))
   means, variances = jnp.moveaxis(
     statistics.gather(jnp.stack([mean, variance]), axis_name), 1, 0
   )
   mean = jnp.mean(means, 0)
   point = lax.stop_gradient(mean)
   squares = jnp.mean(variances + jnp.square(means - point), 0)
-  return mean, squares - jnp.square(mean - point)
+  return statistics.named((mean, squares - jnp.square(mean - point)))
 
 
 def normalize(x, mean, variance, scale, bias, epsilon=1e-5) -> jax.Array:

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsatgo_jax import linen as snn
-from dsatgo_jax import methods, surrogate
+from dsatgo_jax import methods, statistics, surrogate
 
 
 class Parts(NamedTuple):
-  """Makers of layers, with the network's settings filled in."""
+  """Makers of layers, with the network's settings filled in; and `remat`."""
 
   conv: Callable
   dense: Callable
   norm: Callable
   neuron: Callable
+  remat: bool
 
 
 class Network(nn.Module):
@@ -28,6 +29,8 @@ class Network(nn.Module):
     num_steps: T.
     alpha: tdBN's deviation of the pre-synaptic input, in thresholds.
     axis_name: mapped axis over which all statistics are pooled.
+    remat: whether the backward pass computes tdBN and neurons again from the
+      weights' output and the statistics, and keeps nothing else of them.
     dtype: of the computation; membranes and statistics are at least float32.
     param_dtype: of the parameters.
   """
@@ -48,6 +51,7 @@ class Network(nn.Module):
   momentum: float = 0.9
   alpha: float = 1.0
   axis_name: Any = None
+  remat: bool = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -84,6 +88,7 @@ class Network(nn.Module):
         momentum=self.momentum,
         **shared,
       ),
+      self.remat,
     )
 
   def static_steps(self, x) -> int | None:
@@ -115,8 +120,15 @@ class Spiking(nn.Module):
   @nn.compact
   def __call__(self, x):
     """[T, B, ...], or [B, ...] with `num_steps`, to spikes [T, B, ...]."""
+    fire = Spiking._fire
+    if self.parts.remat:
+      fire = nn.remat(fire, policy=statistics.keep)
+    return fire(self, self.layer(name='layer')(x))
+
+  def _fire(self, x):
+    """Output of the weights to spikes."""
     norm = self.parts.norm(repeats=self.num_steps or 1, name='norm')
-    x = norm(self.layer(name='layer')(x))
+    x = norm(x)
     if self.num_steps:
       x = snn.repeat_in_time(x, self.num_steps)
     scale = norm.variables['params']['scale']
