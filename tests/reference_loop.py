@@ -40,7 +40,8 @@ def forward(settings, x, v=0.0, running=None):
     settings: `Settings`.
     x: [T, ...].
     v: membrane before the first timestep.
-    running: inference, `{'theta': [T], 'signal': [T]}`; None for training.
+    running: inference, `{'theta': [T], 'signal': [T]}` as far as the method
+      keeps them; None for training.
 
   Returns:
     By name: `u`, `v` (before and after each reset) and `spikes` [T, ...],
@@ -53,7 +54,8 @@ def forward(settings, x, v=0.0, running=None):
     std = np.sqrt(np.sum((u - mean) ** 2) / (u.size - 1))
     theta, signal = _threshold_and_signal(settings, mean, std)  # [eq 5]
     if running is not None:
-      theta, signal = running['theta'][t], running['signal'][t]
+      theta = running.get('theta', [theta] * len(x))[t]
+      signal = running.get('signal', [signal] * len(x))[t]
     width = _width(settings, signal, t)  # [eq 7]
     spikes = np.where(u >= theta, 1.0, 0.0)  # [eq 3]
     v = u * (1 - spikes) if settings.reset == 'hard' else u - theta * spikes

@@ -1,0 +1,452 @@
+"""The neuron over time: fused backward, plain scan and NumPy loop agree."""
+
+import functools
+import itertools
+import random
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from dsatgo_jax import methods, neurons, surrogate
+from dsatgo_jax.methods import Method
+from dsatgo_jax.neurons import NeuronState, Parameters, Running
+from tests import reference_loop
+from tests.reference_loop import Settings
+
+float64 = jax.enable_x64(True)
+
+
+def close(actual, expected, tolerance=1e-12):
+  """Relative to the largest entry of each array."""
+  chex.assert_trees_all_equal_structs(actual, expected)
+  for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+    atol = tolerance * max(np.max(np.abs(b)), 1e-2)
+    np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).normal(0.3, 1, shape)
+
+
+def pull_back(run, x, v, parameters, g_spikes, g_v):
+  """What `run` gives, and the gradients of x, v and the parameters."""
+
+  def outputs(x, v, parameters):
+    state = None if v is None else NeuronState(v, jnp.int32(0))
+    spikes, state, record = run(x, parameters, state=state)
+    return (spikes, state.v), record
+
+  (spikes, v), pull, record = jax.vjp(outputs, x, v, parameters, has_aux=True)
+  return {'spikes': spikes, 'v': v, 'record': record}, pull((g_spikes, g_v))
+
+
+def both(run, *arguments):
+  """`pull_back` through the fused backward pass, and through autodiff."""
+  ways = [functools.partial(run, fused=fused) for fused in (True, False)]
+  return jax.jit(lambda *a: [pull_back(way, *a) for way in ways])(*arguments)
+
+
+# Every method with every reset; the other options as a fixed seed draws them.
+METHODS = [
+  {'method': 'vanilla'},
+  {'method': 'at'},
+  {'method': 'at', 'threshold': 'estimated'},
+  {'method': 'tgo'},
+  {'method': 'tgo', 'width_signal': 'sigma'},
+  {'method': 'ds_atgo'},
+  {'method': 'ds_atgo', 'width_signal': 'sigma'},
+  {'method': 'ds_atgo', 'threshold': 'estimated'},
+  {'method': 'mpd_agl', 'tdbn_scale': (0.3, 1.2, 0.9)},
+  {'method': 'learnable_threshold'},
+]
+RESETS = list(itertools.product(['hard', 'soft'], [False, True]))
+
+
+def cases():
+  draw = random.Random(2)
+  for method, (reset, detach) in itertools.product(METHODS, RESETS):
+    settings = Settings(
+      decay=0.35,
+      v_th=0.8,
+      width=1.3,
+      f_c=draw.choice([0.7, 1.0, 1.2]),
+      surrogate=draw.choice(list(reference_loop.DENSITIES)),
+      reset=reset,
+      detach_reset=detach,
+      **method,
+    )
+    start = draw.choice(['rest', 'started'])
+    mode = draw.choice(['training', 'training', 'inference'])
+    yield settings, start, mode, draw.choice([1, 2, 5])
+  yield Settings(decay=0.7), 'rest', 'training', 20
+
+
+def ours(settings, running=None):
+  """`run` with the loop's settings, and its `Parameters`."""
+  s = settings
+  scale = None if s.tdbn_scale is None else jnp.array(s.tdbn_scale)
+  parameters = Parameters(s.decay, s.v_th, s.f_c, s.width, scale)
+  run = functools.partial(
+    neurons.run,
+    method=methods.get(s.method, s.threshold, s.width_signal),
+    running=running,
+    surrogate=getattr(surrogate, s.surrogate),
+    reset=s.reset,
+    detach_reset=s.detach_reset,
+  )
+  return run, jax.tree.map(jnp.asarray, parameters)
+
+
+def kept_in_inference(settings, num_steps):
+  """Averages as the loop takes them, and as `run` does."""
+  theta, signal = np.random.default_rng(2).uniform(0.3, 1.5, (2, num_steps))
+  sigma = settings.width_signal == 'sigma'
+  true = settings.threshold == 'true'
+  adapts, follows = 'at' in settings.method, 'tgo' in settings.method
+  kept = {}
+  if adapts and true:
+    kept['theta'] = theta
+  if follows and (sigma or true):
+    kept['signal'] = signal if sigma or not adapts else theta
+  own = kept.get('signal') is signal
+  return kept, Running(kept.get('theta'), signal if own else None)
+
+
+@pytest.mark.parametrize('settings, start, mode, num_steps', list(cases()))
+@float64
+def test_equals_the_loop(settings, start, mode, num_steps):
+  x, g_spikes = normal(2, num_steps, 4, 2, 3)
+  v, g_v = normal(2, 4, 2, 3, seed=1)
+  kept, running = kept_in_inference(settings, num_steps)
+  if mode == 'training':
+    kept = running = None
+  if start == 'rest':
+    v = np.zeros_like(v)
+  tape = reference_loop.forward(settings, x, v, kept)
+  expected = reference_loop.backward(settings, tape, v, g_spikes, g_v)
+
+  run, parameters = ours(settings, running)
+  state = v if start == 'started' else None
+  for happened, gradients in both(run, x, state, parameters, g_spikes, g_v):
+    record = happened['record']
+    np.testing.assert_array_equal(happened['spikes'], tape['spikes'])
+    close(happened['v'], tape['v'][-1])
+    close([record.theta, record.width], [tape['theta'], tape['width']])
+    g_x, g_state, g_parameters = gradients
+    close(g_x, expected['x'])
+    close(g_parameters.decay, expected['decay'])
+    if start == 'started':
+      close(g_state, expected['v'])
+    if settings.method == 'learnable_threshold':
+      close(g_parameters.v_th, expected['v_th'])
+
+
+# The fused backward against the plain scan where the loop does not reach.
+
+
+@surrogate.custom
+def gaussian(x, width):
+  return jnp.exp(-jnp.pi * (x / width) ** 2) / width
+
+
+# A threshold that learns from all parameters, and a width of its own signal.
+OWN = Method(
+  lambda statistics, p, t: p.v_th * p.f_c + t / 10 + p.decay * statistics.std,
+  lambda signal, p, t: p.width * jnp.exp(-signal) + t * p.v_th,
+  lambda statistics, p, t: jnp.abs(statistics.mean) + p.v_th * statistics.std,
+)
+
+
+@pytest.mark.parametrize('mode', ['training', 'inference'])
+@pytest.mark.parametrize('reset', ['hard', 'soft'])
+@float64
+def test_rules_and_surrogates_of_ones_own(mode, reset):
+  running = Running(*np.random.default_rng(1).uniform(0.3, 1.5, (2, 5)))
+  run = functools.partial(
+    neurons.run,
+    method=OWN,
+    surrogate=gaussian,
+    reset=reset,
+    running=None if mode == 'training' else running,
+    record=True,
+  )
+  parameters = jax.tree.map(jnp.asarray, Parameters(0.3, 0.6, 0.9, 1.2))
+  x, g_spikes = normal(2, 5, 4, 3)
+  v, g_v = normal(2, 4, 3, seed=1)
+  fused, plain = both(run, x, v, parameters, g_spikes, g_v)
+  close(fused, plain)
+  learns = fused[1][2].v_th
+  assert bool(learns) == (mode == 'training')  # Averages have no gradient.
+
+
+@pytest.mark.parametrize('method', methods.METHODS)
+@float64
+def test_parts_of_a_batch_equal_the_whole(method):
+  """Both ways, with the statistics pooled over a mapped axis."""
+  x, g_spikes = normal(2, 3, 4, 2, 3)
+  v, g_v = normal(2, 4, 2, 3, seed=1)
+  scale = jnp.array([0.5, 1.0, 0.8])
+  parameters = jax.tree.map(jnp.asarray, Parameters(tdbn_scale=scale))
+  run = functools.partial(neurons.run, method=method, record=True)
+  whole = pull_back(run, x, v, parameters, g_spikes, g_v)
+
+  def parts(x, *arguments):
+    pooled = functools.partial(run, axis_name='batch')
+    return both(pooled, x, *arguments)
+
+  mapped = jax.vmap(parts, (1, 0, None, 1, 0), axis_name='batch', axis_size=4)(
+    x, v, parameters, g_spikes, g_v
+  )
+  for happened, (g_x, g_v_0, g_parameters) in mapped:
+    actual = {
+      'spikes': jnp.moveaxis(happened['spikes'], 0, 1),
+      'v': happened['v'],
+      'record': jax.tree.map(lambda a: a[0], happened['record']),
+    }
+    pooled = jax.tree.map(lambda a: a.sum(0), g_parameters)
+    close((actual, (jnp.moveaxis(g_x, 0, 1), g_v_0, pooled)), whole)
+
+
+# Gradient paths by hand: two neurons, two timesteps, theta = 1, width = 2, so
+# that 1 / width = 0.5 in the whole window; u = [1.2, 0.6] and [0.8, 1.2] (soft:
+# [0.9, 1.2]). Cotangents: spikes [1, 2] and [3, 4], the last v [5, 6].
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize(
+  'reset, detach, first, second, decay, v_th',
+  [
+    ('hard', False, [-0.85, 0.44], [4.5, -1.6], -0.96, 1.71),
+    ('hard', True, [0.5, 2.0], [6.5, 2.0], 1.2, -5.0),
+    ('soft', False, [1.5, 2.25], [4.0, 5.0], 3.8, -5.25),
+    ('soft', True, [3.75, 5.0], [6.5, 8.0], 6.1, -14.25),
+  ],
+)
+def test_gradient_paths_by_hand(
+  fused, reset, detach, first, second, decay, v_th
+):
+  x = jnp.array([[1.2, 0.6], [0.8, 0.9]])
+  run = functools.partial(
+    neurons.run,
+    method='learnable_threshold',
+    reset=reset,
+    detach_reset=detach,
+    fused=fused,
+  )
+  parameters = Parameters(decay=0.5, v_th=1.0, width=2.0)
+  happened, (g_x, _, g_parameters) = pull_back(
+    run, x, None, parameters, jnp.array([[1.0, 2], [3, 4]]), jnp.array([5.0, 6])
+  )
+  chex.assert_trees_all_equal(happened['spikes'], jnp.array([[1.0, 0], [0, 1]]))
+  np.testing.assert_allclose(g_x, [first, second], rtol=1e-5)
+  assert g_parameters.decay == pytest.approx(decay, rel=1e-5)
+  assert g_parameters.v_th == pytest.approx(v_th, rel=1e-5)
+
+
+def test_no_gradient_through_the_statistics_or_outside_the_window():
+  """A neuron far from theta moves theta, but passes nothing by that way."""
+  x = jnp.array([[0.0, 0.1, 0.2, 9.0]])
+  gradient = jax.grad(lambda x: neurons.run(x)[0].sum())(x)
+  assert not gradient.any()
+
+
+# Second derivatives.
+
+
+@pytest.mark.parametrize(
+  'method, spike, reset, detach',
+  [
+    ('ds_atgo', surrogate.rectangular, 'hard', False),
+    ('ds_atgo', surrogate.triangular, 'soft', False),
+    ('tgo', surrogate.arctan, 'hard', True),
+    ('learnable_threshold', surrogate.sigmoid, 'hard', False),
+    ('learnable_threshold', gaussian, 'soft', False),
+    (OWN, surrogate.fast_sigmoid, 'soft', True),
+  ],
+)
+@float64
+def test_hessian_is_that_of_the_straight_through_twin(
+  method, spike, reset, detach
+):
+  x, weights = normal(3, 2, 3), normal(6, 18, seed=1)
+  point = (x, normal(2, 3, seed=2), jnp.array(0.4), jnp.array(0.7))
+  flat, unravel = ravel_pytree(jax.tree.map(jnp.asarray, point))
+
+  def loss(flat, spike, fused):
+    x, v, decay, v_th = unravel(flat)
+    spikes, state, _ = neurons.run(
+      x,
+      Parameters(decay, v_th, width=1.5),
+      method,
+      state=NeuronState(v, jnp.int32(0)),
+      surrogate=spike,
+      reset=reset,
+      detach_reset=detach,
+      fused=fused,
+    )
+    return jnp.sum(jnp.sin(weights @ spikes.ravel())) + jnp.sum(state.v**3)
+
+  @jax.jit
+  def hessians(flat):
+    reverse = [
+      jax.jacrev(jax.grad(loss))(flat, spike, fused) for fused in (True, False)
+    ]
+    twin = surrogate.straight_through(spike)
+    return *reverse, jax.hessian(loss)(flat, twin, False)
+
+  fused, plain, twin = hessians(flat)
+  assert np.linalg.norm(fused) > 1
+  close(fused, plain)
+  close(fused, twin)
+  if not detach:  # A cut path leaves no gradient of a scalar.
+    close(fused, fused.T)
+
+
+# State and time.
+
+
+@pytest.mark.parametrize('mode', ['training', 'inference'])
+@pytest.mark.parametrize('method', [*methods.METHODS, OWN])
+def test_chunks_and_steps_equal_the_whole(method, mode):
+  x = jnp.float32(normal(7, 3, 4))
+  levels = np.random.default_rng(0).uniform(0.3, 1.5, (2, 7))
+  running = Running(*jnp.float32(levels)) if mode == 'inference' else None
+  parameters = Parameters(tdbn_scale=jnp.ones(4))
+  whole = neurons.run(x, parameters, method, running=running, record=True)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def part(run, state, x, running):
+    arguments = {'state': state, 'running': running, 'record': True}
+    if run is neurons.step:
+      return run(arguments.pop('state'), x, parameters, method, **arguments)
+    return run(x, parameters, method, **arguments)
+
+  state, chunks = None, []
+  for chunk in (slice(0, 2), slice(2, 3), slice(3, 7)):
+    here = jax.tree.map(lambda a, chunk=chunk: a[chunk], running)
+    spikes, state, record = part(neurons.run, state, x[chunk], here)
+    chunks.append((spikes, record))
+  spikes, record = jax.tree.map(lambda *a: jnp.concatenate(a), *chunks)
+  close((spikes, state, record), whole, 1e-6)
+  assert state.t == 7 and state.t.dtype == jnp.int32
+
+  state, steps = None, []
+  for t in range(7):
+    here = jax.tree.map(lambda a, t=t: a[t], running)
+    spikes, state, record = part(neurons.step, state, x[t], here)
+    steps.append((spikes, record))
+  spikes, record = jax.tree.map(lambda *a: jnp.stack(a), *steps)
+  close((spikes, state, record), whole, 1e-6)
+
+
+@float64
+def test_record():
+  x = normal(4, 5, 6)
+  settings = Settings()
+  tape = reference_loop.forward(settings, x)
+  run, parameters = ours(settings)
+  record = run(x, parameters, record=True)[2]
+  distance = abs(tape['u'] - tape['theta'][:, None, None])
+  inside = distance < tape['width'][:, None, None] / 2
+  expected = {
+    'theta': tape['theta'],
+    'width': tape['width'],
+    'mean': tape['mean'],
+    'std': tape['std'],
+    'firing_rate': tape['spikes'].mean((1, 2)),
+    'gradient_share': inside.mean((1, 2)),
+  }
+  close(record.scalars(), jax.tree.map(jnp.asarray, expected))
+  unrecorded = run(x, parameters)[2]
+  assert unrecorded.firing_rate is None and unrecorded.gradient_share is None
+
+  def levels(x):
+    return sum(
+      map(jnp.sum, run(x, parameters, record=True)[2].scalars().values())
+    )
+
+  assert not jax.grad(levels)(x).any()
+
+
+@pytest.mark.parametrize(
+  'dtype, kept',
+  [
+    ('bfloat16', 'float32'),
+    ('float16', 'float32'),
+    ('float32', 'float32'),
+    ('float64', 'float64'),
+  ],
+)
+@float64
+def test_dtypes(dtype, kept):
+  x = jnp.asarray(normal(2, 3, 4), dtype)
+  spikes, state, record = neurons.run(x)
+  assert spikes.dtype == dtype
+  assert state.v.dtype == record.theta.dtype == record.width.dtype == kept
+  assert neurons.run(x, dtype=jnp.bfloat16)[0].dtype == jnp.bfloat16
+  assert neurons.at_rest(x[0]).v.dtype == kept
+  gradient = jax.grad(lambda x: neurons.run(x)[0].astype('float32').sum())(x)
+  assert gradient.dtype == dtype and gradient.any()
+  # Theta is not rounded to the input's dtype.
+  assert record.theta[0] == neurons.run(x.astype(kept))[2].theta[0]
+
+
+def test_initial_running():
+  at, tgo, fixed = (
+    neurons.initial_running(methods.get(name), 0.5, (3,))
+    for name in ('at', 'tgo', 'learnable_threshold')
+  )
+  half = jnp.full(3, 0.5)
+  chex.assert_trees_all_equal(at, Running(half, None))
+  chex.assert_trees_all_equal(tgo, Running(None, half))
+  assert fixed == Running(None, None)
+
+
+def test_no_retracing_for_other_numbers():
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def train(x, parameters, state):
+    return jax.grad(lambda x: neurons.run(x, parameters, state=state)[0].sum())(
+      x
+    )
+
+  x = jnp.float32(normal(2, 3, 4))
+  for i in range(3):
+    state = NeuronState(x[0] + i, jnp.int32(i))
+    train(x + i, Parameters(decay=0.1 + i / 10, width=1.0 + i), state)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ({'x': jnp.ones(3)}, r'x \[T, B, ...\], got float32\[3\]'),
+    ({'x': jnp.ones((2, 3, 4), int)}, r'floating-point.*int32\[2, 3, 4\]'),
+    ({'reset': 'none'}, "'hard' or 'soft', got reset='none'"),
+    ({'method': 'dsatgo'}, "method='dsatgo'"),
+    ({'parameters': Parameters(v_th=0)}, 'v_th > 0, got v_th=0'),
+    ({'parameters': Parameters(f_c=-0.5)}, 'f_c > 0, got f_c=-0.5'),
+    ({'parameters': Parameters(width=0.0)}, 'width > 0, got width=0.0'),
+    ({'parameters': Parameters(width=np.nan)}, 'width > 0, got width=nan'),
+    (
+      {'state': NeuronState(jnp.zeros((5, 4)), 0)},
+      r'shape \(3, 4\), got .*\(5, 4\)',
+    ),
+    (
+      {'running': Running(jnp.ones(3))},
+      r'running threshold for the 2 timesteps.*\(3,\)',
+    ),
+    (
+      {'running': Running(signal=jnp.ones(1)), 'method': 'tgo'},
+      r'running signal for the 2 timesteps.*\(1,\)',
+    ),
+    ({'x': jnp.ones((2, 1, 1))}, 'at least two neurons'),
+  ],
+)
+def test_errors(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    neurons.run(**{'x': jnp.ones((2, 3, 4))} | arguments)
