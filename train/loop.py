@@ -230,7 +230,7 @@ def train_step(state, batch, *, model, optimizer, schedule, loss, mean, std):
   measured = {
     'loss': value,
     'accuracy': accuracy,
-    'gradient_norm': optax.global_norm(gradients),
+    'gradient_norm': optax.tree.norm(gradients),
     'learning_rate': schedule(state.step),
   }
   state = TrainState(
