@@ -68,18 +68,19 @@ def decode(data):
     raise ValueError(
       f'truncated: {len(data) - start} bytes of events are no multiple of 8'
     )
-  address, time = np.frombuffer(data, '>u4', offset=start).reshape(-1, 2).T
-  if not len(address):
+  if len(data) == start:
     raise ValueError('no events')
+  events = np.frombuffer(data, '>u4', offset=start).astype(np.int64)
+  address, time = events.reshape(-1, 2).T.copy()
   if address.max() > 0x7FFF:
     raise ValueError(
       f'address {address.max():#x} is out of range, expected up to 0x7fff'
     )
   # As a signed difference a clock that wraps around goes on, and the jitter of
   # a few microseconds goes back.
-  time = (time - time[0]).astype(np.uint32).view(np.int32).astype(np.int64)
+  time = (time - time[0]).astype(np.int32)
   order = np.argsort(time, kind='stable')
-  address, time = address[order].astype(np.int64), time[order]
+  address, time = address[order], time[order].astype(np.int64)
   x, y, p = (address & 0xFE) >> 1, (address & 0x7F00) >> 8, address & 1
   return SENSOR - 1 - x, SENSOR - 1 - y, 1 - p, time - time[0]
 

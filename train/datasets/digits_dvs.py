@@ -1,11 +1,11 @@
 """Handwritten digits before an event camera: simulated, so no download.
 
-Each of scikit-learn's 8 x 8 digits moves along a smooth closed path in front of
-a sensor whose pixels report changes of log intensity: an ON (OFF) event
-whenever it has risen (fallen) by the pixel's threshold since the pixel's last
-event. Thresholds differ between pixels, the intensity is noisy, and pixels fire
-now and then by themselves. A simplified form of ESIM (Rebecq et al., CoRL 2018)
-and v2e (Hu et al., CVPRW 2021).
+Each of scikit-learn's 8 x 8 digits moves once round a smooth closed path, not
+quite the same for any two, in front of a sensor whose pixels report changes of
+log intensity: an ON (OFF) event whenever it has risen (fallen) by the pixel's
+threshold since the pixel's last event. Thresholds differ between pixels, the
+intensity is noisy, and pixels fire now and then by themselves. A simplified
+form of ESIM (Rebecq et al., CoRL 2018) and v2e (Hu et al., CVPRW 2021).
 """
 
 import numpy as np
@@ -42,6 +42,7 @@ def simulate(
   substeps=8,
   zoom=1.5,
   amplitude=1.5,
+  jitter=0.25,
   background=0.1,
   threshold=0.25,
   mismatch=0.03,
@@ -58,6 +59,7 @@ def simulate(
     substeps: times that the sensor looks at the image in a frame.
     zoom: sensor pixels to an image pixel.
     amplitude: how far the image moves to each side, in pixels of the sensor.
+    jitter: how far the paths' phases differ between images, in half turns.
     background: intensity added to the image before the logarithm.
     threshold: mean change of log intensity for an event.
     mismatch: standard deviation of the threshold between pixels.
@@ -68,9 +70,9 @@ def simulate(
     uint8 counts; channel 0 counts OFF events and channel 1 ON events.
   """
   count, height, _ = images.shape
-  # One round: x and y are sines of one and two turns with random phases.
+  # One round of a lying eight, x and y sines of one and two turns.
   angle = np.linspace(0, 2 * np.pi, num_steps * substeps + 1)
-  phase = rng.uniform(0, 2 * np.pi, (2, count, 1))
+  phase = jitter * rng.uniform(-np.pi, np.pi, (2, count, 1))
   x = amplitude * np.sin(angle + phase[0])
   y = amplitude * np.sin(2 * angle + phase[1])
   thresholds = rng.normal(threshold, mismatch, (size, size, 2))
