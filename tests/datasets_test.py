@@ -698,9 +698,10 @@ def test_the_threshold_counts_the_change_of_log_intensity(threshold):
     substeps=400,
   )
   whole_steps = np.floor(np.log(1.1 / 0.1) / threshold)
-  np.testing.assert_allclose(
-    frames.sum(axis=(0, 1, 2, 3)), 2 * whole_steps, atol=1
-  )
+  off, on = frames.sum(axis=(0, 1, 2, 3))
+  assert off <= 2 * whole_steps
+  # The last step back to the start may be missed by rounding.
+  assert 2 * whole_steps - 2 <= on <= off
 
 
 def test_leak_fires_by_itself():
