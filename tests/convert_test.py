@@ -1,6 +1,8 @@
 """State dicts of the authors' ResNet-19, into our variables and back."""
 
 import pathlib
+import subprocess
+import sys
 
 import chex
 import jax
@@ -8,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import digits
 from dsatgo_jax import convert
 from dsatgo_jax.models import VGGSNN, ResNet19
+from train import convert as command
+from train import evaluate
 
 REFERENCE = pathlib.Path(__file__).parent / 'testdata' / 'resnet19_narrow.npz'
 IMAGES = np.zeros((2, 8, 8, 3), np.float32)
@@ -175,3 +180,104 @@ def test_another_network_has_no_state_dict():
   ours = variables(network=VGGSNN, stages=((2,),), num_steps=3)
   with pytest.raises(ValueError, match="of a ResNet19, got 'conv0/"):
     convert.to_torch(ours)
+
+
+@pytest.fixture
+def config(tmp_path):
+  """Of data whose labels are what the authors' network says."""
+  arrays = np.load(REFERENCE)
+  images, logits = arrays['eval.images'], arrays['eval.logits']
+  np.savez(
+    tmp_path / 'data.npz',
+    x_train=np.zeros((10, *images.shape[1:])),
+    y_train=np.arange(10),
+    x_test=images,
+    y_test=np.argmax(logits.mean(0), axis=-1),
+  )
+  config = digits.get_config()
+  config.dataset = 'npz'
+  config.data_path = str(tmp_path / 'data.npz')
+  config.normalize = False
+  config.validation_fraction = 0.0
+  config.batch_size = 8
+  return config
+
+
+def test_checkpoint_there_and_back(config, tmp_path):
+  theirs = reference('final.')
+  np.savez(tmp_path / 'theirs.npz', **theirs)
+  workdir = tmp_path / 'run'
+  command.from_torch(tmp_path / 'theirs.npz', config, workdir)
+  found = evaluate.evaluate(workdir)
+  assert (found['accuracy'], found['step']) == (1.0, 0)
+  labels = np.load(config.data_path)['y_test']
+  log_p = jax.nn.log_softmax(np.load(REFERENCE)['eval.logits'].mean(0))
+  expected = -0.9 * log_p[np.arange(6), labels] - 0.1 * log_p.mean(-1)
+  np.testing.assert_allclose(found['loss'], expected.mean(), rtol=1e-5)
+
+  command.to_torch(tmp_path / 'back.npz', workdir)
+  back = dict(np.load(tmp_path / 'back.npz'))
+  counters = [name for name in theirs if name.endswith('num_batches_tracked')]
+  for name in counters:
+    del theirs[name]
+  chex.assert_trees_all_equal(back, theirs, strict=True)
+
+  with pytest.raises(ValueError, match='expected a new workdir'):
+    command.from_torch(tmp_path / 'theirs.npz', config, workdir)
+
+
+def test_state_dict_for_other_data(config, tmp_path):
+  np.savez(tmp_path / 'small.npz', **convert.to_torch(variables(**SMALL)))
+  with pytest.raises(ValueError, match='expected .10, 5., got .4, 5.'):
+    command.from_torch(tmp_path / 'small.npz', config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_pt_file(tmp_path):
+  torch = pytest.importorskip('torch')
+  theirs = reference('final.')
+  tensors = {name: torch.tensor(array) for name, array in theirs.items()}
+  torch.save(tensors, tmp_path / 'theirs.pt')
+  chex.assert_trees_all_equal(
+    command.read(tmp_path / 'theirs.pt'), theirs, strict=True
+  )
+  command.write(tmp_path / 'ours.pt', theirs)
+  chex.assert_trees_all_equal(
+    torch.load(tmp_path / 'ours.pt'), tensors, strict=True
+  )
+
+
+def test_pt_file_without_torch(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(ValueError, match='expected PyTorch, .* take a .npz file'):
+    command.read('theirs.pt')
+
+
+def test_files_that_are_not_state_dicts(tmp_path):
+  (tmp_path / 'text.npz').write_text('text')
+  for name, message in (
+    ('text.npz', 'expected a state dict, tensors by name, in .*text.npz, got'),
+    ('none.npz', 'got FileNotFoundError'),
+    ('other.bin', 'expected a .npz or .pt file, got .*other.bin'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      command.read(tmp_path / name)
+  with pytest.raises(ValueError, match='expected to write .*FILE.npz, got'):
+    command.write(tmp_path / 'none' / 'FILE.npz', {})
+  with pytest.raises(ValueError, match='expected a run with a checkpoint in'):
+    command.to_torch(tmp_path / 'FILE.npz', tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ([], 'error: expected --from_torch or --to_torch, and not both\n'),
+    (['--from_torch=a.npz'], 'error: expected --config, for the data and'),
+    (['--from_torch=a.npz', '--config=none.py'], 'error: Configuration is not'),
+  ],
+)
+def test_command_ends_in_one_line(flags, message, tmp_path):
+  args = [sys.executable, '-m', 'train.convert', f'--workdir={tmp_path}']
+  done = subprocess.run(args + flags, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert done.stderr.startswith(message) and done.stderr.count('\n') == 1

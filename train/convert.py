@@ -1,0 +1,161 @@
+"""Turns a state dict of the authors' ResNet-19 into a checkpoint, and back.
+
+  python -m train.convert --workdir=runs/theirs --from_torch=theirs.pt
+      --config=configs/cifar10_resnet19.py
+  python -m train.evaluate --workdir=runs/theirs
+
+  python -m train.convert --workdir=runs/ours --to_torch=ours.pt
+
+A state dict is a `.npz` file of arrays under PyTorch's names, or a `.pt` file
+as `torch.save(network.state_dict(), path)` writes it, which needs PyTorch.
+
+The config tells the data and the method. Planes, stages, head, PLIF or LIF, and
+T where the state dict has running thresholds, are those of the state dict: the
+authors' has none, so that inference starts from `v_th`. The numbers are kept as
+they are, and come back the same; `train.main` can train on from them. PyTorch
+loads what comes back by
+`network.load_state_dict(torch.load(path), strict=False)`: its network knows no
+running thresholds, and its batch counters, which do nothing, are not kept.
+"""
+
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from dsatgo_jax import convert
+from dsatgo_jax.models import ResNet19
+from train import checkpoints, command, data, loop
+from train.main import CONFIG
+
+FROM_TORCH = flags.DEFINE_string(
+  'from_torch', None, 'The state dict that becomes a checkpoint in --workdir.'
+)
+TO_TORCH = flags.DEFINE_string(
+  'to_torch', None, 'The state dict to be written of the latest checkpoint.'
+)
+flags.declare_key_flag('workdir')
+flags.declare_key_flag('config')
+
+
+def from_torch(path, config, workdir):
+  """Saves a checkpoint of a state dict, as step 0 of a run.
+
+  Args:
+    path: of the state dict.
+    config: of the data and the method; the network's settings are set in it.
+    workdir: of the run; a new one.
+
+  Raises:
+    ValueError: the file is not a state dict of a ResNet-19 for these data, or
+      there is a run in the workdir.
+  """
+  if checkpoints.directory(workdir, 'latest').exists():
+    raise ValueError(f'expected a new workdir, got {workdir} with a run in it')
+  state_dict = read(path)
+  found = convert.settings(state_dict)
+  config.model = ResNet19.__name__
+  config.num_steps = found.pop('num_steps', config.num_steps)
+  config.neuron.learn_decay = found.pop('learn_decay')
+  del found['num_classes']  # The data's, or it is an error.
+  config.model_args = {
+    name: value
+    for name, value in found.items()
+    if value != getattr(ResNet19, name)
+  }
+  facts = loop.describe(data.load(config))
+  # The state is the same for any number of steps.
+  state, _ = loop.create_train_step(config, facts, steps_per_epoch=1)
+  # In float64 where theirs is, so that the way back is exact.
+  dtype = np.promote_types(np.float32, state_dict['fc.2.layer.weight'].dtype)
+  template = jax.tree.map(lambda a: np.asarray(a, dtype), loop.variables(state))
+  state = state.replace(**convert.from_torch(state_dict, template))
+  with checkpoints.manager(workdir, 'latest') as manager:
+    info = {'step': 0, 'config': config.to_dict(), 'data': facts}
+    checkpoints.save(manager, state, info | {'best': None, 'totals': {}})
+
+
+def to_torch(path, workdir):
+  """Writes the state dict of the latest checkpoint.
+
+  Raises:
+    ValueError: there is none, or it is of another network.
+  """
+  found = checkpoints.restore(workdir)
+  if not found:
+    raise ValueError(f'expected a run with a checkpoint in {workdir}, got none')
+  state, _ = found
+  variables = {name: state[name] for name in ('params', 'batch_stats')}
+  write(path, convert.to_torch(variables))
+
+
+def read(path):
+  """Returns the state dict in a file, as NumPy arrays."""
+  torch = library(path)
+  try:
+    if torch:
+      tensors = torch.load(path, map_location='cpu', weights_only=True)
+      return {name: tensor.numpy() for name, tensor in tensors.items()}
+    with np.load(path) as archive:
+      return dict(archive)
+  except Exception as error:  # What they raise depends on what is wrong.
+    reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+    raise ValueError(
+      f'expected a state dict, tensors by name, in {path}, got {reason}'
+    ) from error
+
+
+def write(path, state_dict):
+  """Writes a state dict of NumPy arrays into a file."""
+  torch = library(path)
+  try:
+    if torch:
+      tensors = {name: torch.tensor(a) for name, a in state_dict.items()}
+      torch.save(tensors, path)
+    else:
+      np.savez(path, **state_dict)
+  except (OSError, RuntimeError) as error:
+    raise ValueError(f'expected to write {path}, got {error}') from error
+
+
+def library(path):
+  """PyTorch for a `.pt` file, None for a `.npz` file."""
+  suffix = pathlib.Path(path).suffix
+  if suffix == '.npz':
+    return None
+  if suffix not in ('.pt', '.pth'):
+    raise ValueError(f'expected a .npz or .pt file, got {path}')
+  try:
+    return importlib.import_module('torch')
+  except ImportError as error:
+    raise ValueError(
+      f'expected PyTorch, to read or write {path}, got none: install torch, or '
+      'take a .npz file: numpy.savez(path, **{name: tensor.numpy() for name, '
+      'tensor in network.state_dict().items()})'
+    ) from error
+
+
+def main():
+  """Converts, one way or the other."""
+  workdir = command.WORKDIR.value
+  if bool(FROM_TORCH.value) == bool(TO_TORCH.value):
+    raise ValueError('expected --from_torch or --to_torch, and not both')
+  if TO_TORCH.value:
+    to_torch(TO_TORCH.value, workdir)
+    print(f'{TO_TORCH.value}: the latest checkpoint of {workdir}')
+    return
+  if CONFIG.value is None:
+    raise ValueError('expected --config, for the data and the method')
+  try:
+    config = ConfigDict(CONFIG.value.to_dict())
+  except OSError as error:  # It is read when it is first looked at.
+    raise ValueError(error) from error
+  from_torch(FROM_TORCH.value, config, workdir)
+  print(f'{workdir}: {FROM_TORCH.value}, to be read by train.evaluate')
+
+
+if __name__ == '__main__':
+  command.run(main, 'workdir')
