@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -111,6 +111,7 @@ def test_random_resized_crop_of_the_whole_is_a_resize():
   np.testing.assert_array_equal(crop, np.asarray(expected))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 99))
 def test_random_resized_crop_takes_any_size(height, width, seed):
   image = np.full((height, width, 3), 7, np.uint8)

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 import pytest
 from absl import flags
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train import data
@@ -128,6 +128,7 @@ def test_frames_want_their_number_of_steps(tmp_path, num_steps):
       data.load(config)
 
 
+@settings(deadline=None)
 @given(
   st.lists(st.integers(1, 60), min_size=1, max_size=6),
   st.floats(0.05, 0.95),
@@ -277,6 +278,7 @@ def test_workers_change_nothing():
     assert_same(ours, theirs)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 3))
 def test_evaluation_covers_every_example_once(count, per_host, num_hosts):
   source = make_source(count)

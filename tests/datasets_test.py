@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import requests
 import tensorflow_datasets as tfds
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -463,6 +463,7 @@ def test_frames_by_hand():
   assert by_count.shape == (3, 128, 128, 2)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 12), st.integers(0, 99))
 def test_frames_count_every_event(count, num_steps, seed):
   rng = np.random.default_rng(seed)

@@ -26,6 +26,7 @@ def read(path, num_classes=None):
   Raises:
     ValueError: naming what was expected and what the file has.
   """
+  path = os.path.expanduser(path or '')
   try:
     x_train, y_train, x_test, y_test = _arrays(path)
     x_train, x_test = _images('x_train', x_train), _images('x_test', x_test)
@@ -57,7 +58,7 @@ def read(path, num_classes=None):
 
 def _arrays(path):
   """Returns the four arrays of the file as they are."""
-  if not path or not os.path.isfile(path):
+  if not os.path.isfile(path):
     raise ValueError(
       'config.data_path is not a file; expected an .npz file with '
       + ', '.join(NAMES)
