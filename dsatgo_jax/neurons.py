@@ -194,7 +194,8 @@ def run(
     dtype: of the spikes; None for x's.
     record: whether to compute all fields of the `Record`.
     remat: whether the backward pass computes the membrane again, keeping it
-      at about sqrt(T) timesteps only; statistics are kept, not measured again.
+      at about sqrt(T) timesteps only where T divides so; the statistics are
+      kept, not measured again.
     fused: True runs a backward pass that keeps one array per timestep, the
       membrane before the reset, and computes the rest from it again; False
       leaves the scan to autodiff. The derivatives are the same, at any order
@@ -480,8 +481,8 @@ def _fused_backward(dynamics, residuals, cotangents):
   x, u, v_0, t, parameters, running, measured = residuals
   g_spikes, g_v, _ = cotangents
   num_steps = u.shape[0]
-  decay = parameters.decay
   parameters, pool = jax.vjp(functools.partial(_vary_like, u), parameters)
+  decay = parameters.decay
 
   def back(inputs, g_v):
     """One timestep: v, and the cotangents of u and of the parameters."""
@@ -497,58 +498,54 @@ def _fused_backward(dynamics, residuals, cotangents):
     return v, *pull((g_spikes, g_v))
 
   def body(carry, inputs):
-    g_u_next, g_parameters, g_decay = carry
-    v, g_u, g_here = back(inputs, decay * g_u_next)
+    g_u, g_parameters, g_decay = carry  # Of the timestep after this one.
+    index, *inputs = inputs
+    is_last = index == num_steps - 1
+    v, g_u_here, g_here = back(inputs, jnp.where(is_last, g_v, decay * g_u))
     g_parameters = jax.tree.map(jnp.add, g_parameters, g_here)
-    return (g_u, g_parameters, g_decay + jnp.sum(g_u_next * v)), g_u
+    return (g_u_here, g_parameters, g_decay + jnp.sum(g_u * v)), g_u_here
 
-  timesteps = t + jnp.arange(num_steps, dtype=jnp.int32)
-  inputs = (timesteps, u, g_spikes, running, measured)
-  _, g_last, g_parameters = back(jax.tree.map(lambda a: a[-1], inputs), g_v)
+  indices = jnp.arange(num_steps, dtype=jnp.int32)
   (g_u, g_parameters, g_decay), g_x = lax.scan(
     body,
-    (g_last, g_parameters, jnp.zeros_like(parameters.decay)),
-    jax.tree.map(lambda a: a[:-1], inputs),
+    jax.tree.map(jnp.zeros_like, (g_v, parameters, decay)),
+    (indices, t + indices, u, g_spikes, running, measured),
     reverse=True,
     unroll=_unroll(num_steps),
   )
-  g_x = jnp.concatenate([g_x, g_last[None]]).astype(x.dtype)
   g_decay += jnp.sum(g_u * v_0)
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
-  return g_x, decay * g_u, None, *pool(g_parameters), None
+  return g_x.astype(x.dtype), decay * g_u, None, *pool(g_parameters), None
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _rematerialized(dynamics, x, v, t, parameters, running):
-  """`_fused` in chunks of about sqrt(T), computed again for the backward pass.
+  """`_fused` in chunks, computed again for the backward pass.
+
+  The chunks are as long as the greatest divisor of T up to its root.
 
   Of each chunk the membrane at its start and the statistics are kept.
   """
-  size = math.isqrt(x.shape[0])
+  num_steps = x.shape[0]
+  size = math.isqrt(num_steps)
+  while num_steps % size:
+    size -= 1
 
   def chunk(carry, inputs):
     v, t = carry
     x, running = inputs
     spikes, v, record = _fused(dynamics, x, v, t, parameters, running)
-    return (v, t + x.shape[0]), (spikes, record)
+    return (v, t + size), (spikes, record)
 
-  chunk = jax.checkpoint(chunk, policy=statistics.keep)
-  rest = x.shape[0] % size
-  parts = []
-  carry, inputs = (v, t), (x, running)
-  if rest:
-    carry, part = chunk(carry, jax.tree.map(lambda a: a[:rest], inputs))
-    parts.append(part)
-  carry, part = lax.scan(
-    chunk,
-    carry,
-    jax.tree.map(lambda a: a[rest:].reshape(-1, size, *a.shape[1:]), inputs),
+  (v, _), outputs = lax.scan(
+    jax.checkpoint(chunk, policy=statistics.keep),
+    (v, t),
+    jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (x, running)),
   )
-  parts.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), part))
-  spikes, record = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-  return spikes, carry[0], record
+  spikes, record = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+  return spikes, v, record
 
 
 def _vary_like(x, tree):

@@ -1,0 +1,101 @@
+"""A whole training step beside the same network with ReLU for its neurons.
+
+  python -m benchmarks.train_step [--json FILE] [--repeats N]
+
+Time (medians of interleaved repeats) and temporary memory (the compiler's
+`memory_analysis`) of loss and gradients: with ReLU in the place of the neurons,
+with the neurons' own backward pass, with the scan left to autodiff, and with
+`remat`.
+"""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from benchmarks import timing
+from dsatgo_jax import losses, models, neurons
+
+NETWORKS = {
+  'ResNet-19, T = 2': (models.ResNet19, {'num_steps': 2}, (8, 32, 32, 3)),
+  'VGGSNN, T = 10': (models.VGGSNN, {}, (10, 4, 48, 48, 2)),
+}
+
+
+class Relu(nn.Module):
+  """Stands where a neuron stands."""
+
+  @nn.compact
+  def __call__(self, x, tdbn_scale):
+    """Takes what a neuron takes."""
+    del tdbn_scale
+    return jax.nn.relu(x)
+
+
+def relu_twin(network):
+  """The same network with ReLU in the place of the neurons."""
+
+  class Twin(network):
+    def parts(self, train):
+      return super().parts(train)._replace(neuron=Relu)
+
+  return Twin
+
+
+def compiled(network, shape):
+  """Loss and gradients of a network, compiled, and its arguments."""
+  x = jax.random.normal(jax.random.key(0), shape)
+  labels = jnp.zeros(shape[0] if len(shape) == 4 else shape[1], jnp.int32)
+  variables = network.init(jax.random.key(1), x)
+
+  def step(variables, x, labels):
+    def loss(params):
+      logits, updates = network.apply(
+        {**variables, 'params': params}, x, train=True, mutable=['batch_stats']
+      )
+      return losses.cross_entropy(logits, labels).mean(), updates
+
+    return jax.value_and_grad(loss, has_aux=True)(variables['params'])
+
+  arguments = (variables, x, labels)
+  return jax.jit(step).lower(*arguments).compile(), arguments
+
+
+def measure(arguments):
+  """Measures and prints everything."""
+  results = {}
+  for title, (network, settings, shape) in NETWORKS.items():
+    steps = {
+      'ReLU': compiled(relu_twin(network)(**settings), shape),
+      'spiking': compiled(network(**settings), shape),
+      'spiking, remat': compiled(network(**settings, remat=True), shape),
+    }
+    plain = functools.partial(neurons.run, fused=False)
+    with mock.patch.object(neurons, 'run', plain):
+      steps['spiking, autodiff'] = compiled(network(**settings), shape)
+    times = timing.medians(
+      {
+        name: lambda f=f, a=a: jax.block_until_ready(f(*a))
+        for name, (f, a) in steps.items()
+      },
+      arguments.repeats,
+    )
+    rows = {
+      name: {
+        'ms': times[name],
+        'of ReLU': times[name] / times['ReLU'],
+        'MiB': f.memory_analysis().temp_size_in_bytes / 2**20,
+      }
+      for name, (f, _) in steps.items()
+    }
+    for row in rows.values():
+      row['MiB of ReLU'] = row['MiB'] / rows['ReLU']['MiB']
+    timing.table(title, rows, ('ms', 'of ReLU', 'MiB', 'MiB of ReLU'))
+    results[title] = rows
+  return results
+
+
+if __name__ == '__main__':
+  timing.main(__doc__.split('\n')[0], measure)
