@@ -19,6 +19,7 @@ import zipfile
 import numpy as np
 import requests
 import tensorflow_datasets as tfds
+from PIL import Image
 
 SENSOR = 128
 SIZE = 48
@@ -109,25 +110,18 @@ def frames(row, column, polarity, time, num_steps, by):
   return counts.astype(np.float32).reshape(shape)
 
 
-def resize_weights(size, new_size):
-  """Returns `[new_size, size]`, bilinear resizing of one axis.
+def resize(frames, size):
+  """Resizes `[T, H, W, C]` float32 to `[T, size, size, C]`, bilinear.
 
-  Each new pixel is a weighted mean of the old ones within one new pixel's
-  width (no less than an old one's), as Pillow and torchvision resize.
+  With antialiasing, so that every event counts (Pillow, torchvision).
   """
-  scale = size / new_size
-  centre = (np.arange(new_size) + 0.5) * scale - 0.5
-  distance = np.abs(np.arange(size) - centre[:, None]) / max(scale, 1)
-  weights = np.clip(1 - distance, 0, None)
-  return weights / weights.sum(axis=1, keepdims=True)
-
-
-def resize(images, new_size):
-  """Resizes `[..., H, H, C]` to `[..., new_size, new_size, C]`, bilinear."""
-  *batch, size, _, channels = images.shape
-  weights = resize_weights(size, new_size).astype(np.float32)
-  images = weights @ images.reshape(*batch, size, size * channels)
-  return weights @ images.reshape(*batch, new_size, size, channels)
+  images = np.moveaxis(frames, -1, 1)
+  resized = [
+    Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+    for image in images.reshape(-1, *images.shape[2:])
+  ]
+  resized = np.stack(resized).reshape(*images.shape[:2], size, size)
+  return np.moveaxis(resized, 1, -1)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
