@@ -230,9 +230,9 @@ def _archives(dl_manager):
     requests.head(URLS['airplane'], timeout=10)
   except requests.RequestException as error:
     raise ValueError(
-      f'CIFAR10-DVS cannot be downloaded ({error}) and is not in {folder}: put '
-      f'there the ten archives of {PAGE}, airplane.zip to truck.zip, or the '
-      'folders unpacked from them'
+      f'CIFAR10-DVS is not in {folder}, and {URLS["airplane"]} cannot be '
+      f'reached ({type(error).__name__}): put there the ten archives of {PAGE}, '
+      'airplane.zip to truck.zip, or the folders unpacked from them'
     ) from error
   return {
     name: pathlib.Path(path) for name, path in dl_manager.download(URLS).items()
