@@ -231,8 +231,8 @@ def _archives(dl_manager):
   except requests.RequestException as error:
     raise ValueError(
       f'CIFAR10-DVS is not in {folder}, and {URLS["airplane"]} cannot be '
-      f'reached ({type(error).__name__}): put there the ten archives of {PAGE}, '
-      'airplane.zip to truck.zip, or the folders unpacked from them'
+      f'reached ({type(error).__name__}): put into that folder the ten archives '
+      f'of {PAGE}, airplane.zip to truck.zip, or the folders unpacked from them'
     ) from error
   return {
     name: pathlib.Path(path) for name, path in dl_manager.download(URLS).items()
