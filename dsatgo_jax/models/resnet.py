@@ -36,7 +36,7 @@ class Block(nn.Module):
     y = Spiking(first, self.parts, name='spiking1')(x)
     second = partial(conv, (3, 3), padding=1)
     y = Spiking(second, self.parts, name='spiking2')(y)
-    if x.shape != y.shape:
+    if self.stride != 1 or x.shape[-1] != self.planes:
       shortcut = partial(conv, (1, 1), strides=stride)
       x = Spiking(shortcut, self.parts, name='downsample')(x)
     return x + y
