@@ -628,9 +628,7 @@ def test_dvs_is_downloaded(recordings, tmp_path):
 def test_dvs_offline_says_where_to_put_the_archives(tmp_path):
   with (
     mock.patch.object(requests, 'head', offline),
-    pytest.raises(
-      ValueError, match='put into that folder the ten archives'
-    ) as raised,
+    pytest.raises(ValueError, match='put into it the ten archives') as raised,
   ):
     sources.from_tfds('cifar10_dvs/first_time_t8', str(tmp_path))
   assert f'{tmp_path}/downloads/manual/cifar10_dvs' in str(raised.value)

@@ -231,7 +231,7 @@ def _archives(dl_manager):
   except requests.RequestException as error:
     raise ValueError(
       f'CIFAR10-DVS is not in {folder}, and {URLS["airplane"]} cannot be '
-      f'reached ({type(error).__name__}): put into that folder the ten archives '
+      f'reached ({type(error).__name__}): put into it the ten archives '
       f'of {PAGE}, airplane.zip to truck.zip, or the folders unpacked from them'
     ) from error
   return {
