@@ -38,8 +38,6 @@ def cross_entropy(
     ValueError: logits are not [T, B, K], labels not [B], or the smoothing is
       not within [0, 1].
   """
-  if not 0 <= label_smoothing <= 1:
-    raise ValueError(f'Expected 0 <= label_smoothing <= 1, {label_smoothing=}.')
   return _cross_entropy(prediction(logits), labels, label_smoothing)
 
 
@@ -65,7 +63,8 @@ def tet(
     One loss per example, [B].
 
   Raises:
-    ValueError: logits are not [T, B, K] or labels not [B].
+    ValueError: logits are not [T, B, K], labels not [B], or the smoothing is
+      not within [0, 1].
   """
   _check(logits)
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -82,6 +81,10 @@ def _check(logits):
 
 
 def _cross_entropy(logits, labels, label_smoothing):
+  if not 0 <= label_smoothing <= 1:
+    raise ValueError(
+      f'Expected 0 <= label_smoothing <= 1, got {label_smoothing=}.'
+    )
   if labels.shape != logits.shape[:1]:
     raise ValueError(
       f'Expected labels of shape {logits.shape[:1]}, got {labels.shape=}.'
