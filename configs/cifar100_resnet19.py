@@ -12,6 +12,7 @@ TensorFlow is needed once, to prepare the data: `pip install tensorflow`.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -20,7 +21,7 @@ def get_config():
   # Data.
   config.dataset = 'cifar100'
   config.data_path = ''  # The file of dataset = 'npz'.
-  config.data_dir = None  # Where TFDS keeps its datasets; None: its default.
+  config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
   config.validation_fraction = 0.0  # All 50,000 train, as published.
   config.normalize = True
   config.mean = (0.5071, 0.4865, 0.4409)  # Published.
@@ -31,7 +32,7 @@ def get_config():
 
   # Network.
   config.model = 'ResNet19'  # A class of dsatgo_jax.models.
-  config.model_args = ConfigDict()
+  config.model_args = ConfigDict({'remat': False})  # True saves memory.
   config.num_steps = 2  # T, published.
   config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
   config.neuron = ConfigDict(
@@ -63,9 +64,7 @@ def get_config():
   config.cosine_per = 'epoch'  # As PyTorch steps it.
   config.grad_clip_norm = 0.0  # None.
 
-  config.select_on = (
-    'validation'  # 'test' chooses as the authors' program does.
-  )
+  config.select_on = 'validation'  # The authors' program: 'test'.
   config.log_every = 100
   config.profile = False
   return config

@@ -14,6 +14,7 @@ that of MPD-AGL's program (IJCAI 2025). 90 steps an epoch, 13,500 in all.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -22,18 +23,18 @@ def get_config():
   # Data.
   config.dataset = 'cifar10_dvs/random_count_t10'  # Split, slicing, T; chosen.
   config.data_path = ''  # The file of dataset = 'npz'.
-  config.data_dir = None  # Where TFDS keeps its datasets; None: its default.
+  config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
   config.validation_fraction = 0.0  # All 9,000 train.
   config.normalize = False  # Event counts as they are.
-  config.mean = None
-  config.std = None
+  config.mean = placeholder(tuple)
+  config.std = placeholder(tuple)
   config.augment = ('flip', 'roll:5')  # Published.
-  config.num_workers = 4  # Processes that read and augment; chosen.
+  config.num_workers = 0  # Threads: each process would hold all frames.
   config.batch_size = 100  # Over all devices; MPD-AGL's.
 
   # Network.
   config.model = 'VGGSNN'  # A class of dsatgo_jax.models.
-  config.model_args = ConfigDict()
+  config.model_args = ConfigDict({'remat': False})  # True saves memory.
   config.num_steps = 10  # T, published.
   config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
   config.neuron = ConfigDict(
@@ -65,9 +66,7 @@ def get_config():
   config.cosine_per = 'epoch'  # As PyTorch steps it.
   config.grad_clip_norm = 0.0  # None.
 
-  config.select_on = (
-    'validation'  # 'test' chooses as the authors' program does.
-  )
+  config.select_on = 'validation'  # The authors' program: 'test'.
   config.log_every = 10
   config.profile = False
   return config

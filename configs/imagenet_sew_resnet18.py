@@ -14,6 +14,7 @@ TensorFlow is needed once, to prepare the data: `pip install tensorflow`.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -22,7 +23,7 @@ def get_config():
   # Data.
   config.dataset = 'imagenet2012'
   config.data_path = ''  # The file of dataset = 'npz'.
-  config.data_dir = None  # Where TFDS keeps its datasets; None: its default.
+  config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
   config.validation_fraction = 0.0  # All 1,281,167 train.
   config.normalize = True
   config.mean = (0.485, 0.456, 0.406)  # The customary ones; SEW-ResNet's.
@@ -33,7 +34,7 @@ def get_config():
 
   # Network.
   config.model = 'SEWResNet18'  # A class of dsatgo_jax.models.
-  config.model_args = ConfigDict()
+  config.model_args = ConfigDict({'remat': False})  # True saves memory.
   config.num_steps = 4  # T, published.
   config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
   config.neuron = ConfigDict(
@@ -65,9 +66,7 @@ def get_config():
   config.cosine_per = 'epoch'  # As PyTorch steps it.
   config.grad_clip_norm = 0.0  # None.
 
-  config.select_on = (
-    'validation'  # 'test' chooses as the authors' program does.
-  )
+  config.select_on = 'validation'  # The authors' program: 'test'.
   config.log_every = 100
   config.profile = False
   return config
