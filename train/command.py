@@ -7,6 +7,7 @@ from absl import app, flags, logging
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run: checkpoints, metrics, report.'
 )
+JSON = flags.DEFINE_bool('json', False, 'Print one JSON object and no more.')
 
 
 def run(main, *required):

@@ -21,7 +21,8 @@ SPLIT = flags.DEFINE_enum(
 DATA_PATH = flags.DEFINE_string(
   'data_path', None, 'The .npz file, if not the one of the run.'
 )
-JSON = flags.DEFINE_bool('json', False, 'Print one JSON object and no more.')
+flags.declare_key_flag('workdir')
+flags.declare_key_flag('json')
 
 
 def evaluate(workdir, checkpoint='latest', split='test', data_path=None):
@@ -79,7 +80,7 @@ def main():
   found = evaluate(
     command.WORKDIR.value, CHECKPOINT.value, SPLIT.value, DATA_PATH.value
   )
-  if JSON.value:
+  if command.JSON.value:
     print(json.dumps(found))
     return
   print(
