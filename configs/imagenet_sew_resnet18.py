@@ -14,7 +14,6 @@ TensorFlow is needed once, to prepare the data: `pip install tensorflow`.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 
 def get_config():
