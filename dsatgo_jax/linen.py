@@ -77,7 +77,7 @@ class TdBatchNorm(nn.Module):
 
     Args:
       x: [T, B, ..., C], or [B, ..., C] with `repeats=T`.
-      use_running_average: overrides the attribute.
+      use_running_average: in the place of the attribute; not both.
 
     Returns:
       The normalised x, of its shape.
@@ -169,7 +169,7 @@ class SpikingNeuron(nn.Module):
 
     Args:
       x: pre-synaptic input, [T, B, ...].
-      use_running_average: overrides the attribute.
+      use_running_average: in the place of the attribute; not both.
       state: the `NeuronState` to go on from; None for neurons at rest. x is
         then a part of a longer recording, and begins at its timestep `state.t`.
       return_state: whether the state after x is returned too.
@@ -252,7 +252,7 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
     Args:
       carry: the `NeuronState` before it.
       x: pre-synaptic input, [B, ...].
-      use_running_average: overrides the attribute.
+      use_running_average: in the place of the attribute; not both.
 
     Returns:
       (state, spikes [B, ...]).

@@ -1,0 +1,452 @@
+"""The Linen modules: what a user of Flax's BatchNorm and RNN expects."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax.training import train_state
+
+from dsatgo_jax import linen as snn
+from dsatgo_jax import losses, methods, neurons, surrogate
+from dsatgo_jax.methods import METHODS
+
+close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
+NO_SCALE = [name for name in METHODS if name != 'mpd_agl']
+
+
+def normal(*shape, seed=0):
+  x = np.random.default_rng(seed).normal(0.3, 1, shape)
+  return jnp.asarray(x, jnp.float32)
+
+
+def train(neuron, variables, x, **kwargs):
+  """Output, and the variables after a training step."""
+  y, updates = neuron.apply(
+    variables, x, False, mutable=['batch_stats'], **kwargs
+  )
+  return y, variables | updates
+
+
+def trained(neuron, x, steps=3):
+  """Variables with running values that differ by timestep."""
+  variables = neuron.init(jax.random.key(0), x, False)
+  for _ in range(steps):
+    _, variables = train(neuron, variables, x)
+  return variables
+
+
+class Net(nn.Module):
+  """As in the package's documentation."""
+
+  method: str = 'ds_atgo'
+
+  @nn.compact
+  def __call__(self, x, train: bool):
+    """Images [B, H, W, C] to logits [T, B, K]."""
+    x = snn.repeat_in_time(x, num_steps=4)
+    x = snn.Conv(8, (3, 3), use_bias=False)(x)
+    x = snn.TdBatchNorm(use_running_average=not train)(x)
+    x = snn.SpikingNeuron(self.method, use_running_average=not train)(x)
+    x = snn.avg_pool(x, (2, 2), strides=(2, 2))
+    return snn.Dense(3)(x.reshape(*x.shape[:2], -1))
+
+
+# A training loop as users have it for batch norm: nothing in it knows spikes.
+
+
+class TrainState(train_state.TrainState):
+  """Of Flax's ImageNet example."""
+
+  batch_stats: dict
+
+
+@jax.jit
+def train_step(state, images, labels):
+  def loss_fn(params):
+    logits, updates = state.apply_fn(
+      {'params': params, 'batch_stats': state.batch_stats},
+      images,
+      train=True,
+      mutable=['batch_stats'],
+    )
+    return jnp.mean(losses.cross_entropy(logits, labels)), updates
+
+  (loss, updates), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    state.params
+  )
+  state = state.apply_gradients(grads=grads)
+  return state.replace(batch_stats=updates['batch_stats']), loss
+
+
+@pytest.mark.parametrize('method', ['ds_atgo', 'tgo', 'learnable_threshold'])
+def test_a_loop_for_batch_norm_trains_the_neuron(method):
+  labels = jnp.arange(24) % 3
+  images = normal(24, 4, 4, 1) + labels[:, None, None, None] - 1
+  net = Net(method)
+  variables = net.init(jax.random.key(0), images, train=False)
+  assert variables.keys() == {'params', 'batch_stats'}
+  state = TrainState.create(
+    apply_fn=net.apply, tx=optax.sgd(0.1, momentum=0.9), **variables
+  )
+  _, first = train_step(state, images, labels)
+  for _ in range(30):
+    state, loss = train_step(state, images, labels)
+  assert loss < 0.3 * first
+
+  neuron = state.params['SpikingNeuron_0']
+  assert neuron['w'] != variables['params']['SpikingNeuron_0']['w']
+  if method == 'learnable_threshold':
+    assert neuron['v_th'] != 1
+    assert 'SpikingNeuron_0' not in state.batch_stats
+  else:
+    (kept,) = state.batch_stats['SpikingNeuron_0'].values()
+    assert kept.shape == (4,) and (abs(kept - 1) > 0.01).all()
+  logits = net.apply(
+    {'params': state.params, 'batch_stats': state.batch_stats},
+    images,
+    train=False,
+  )
+  assert jnp.mean(losses.prediction(logits).argmax(-1) == labels) > 0.9
+
+
+# Running values.
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('width_signal', ['theta', 'sigma'])
+def test_what_is_kept(method, width_signal):
+  """A threshold or signal that is measured; one value a timestep."""
+  x = normal(3, 4, 5)
+  neuron = snn.SpikingNeuron(method, width_signal=width_signal, momentum=0.8)
+  scale = {'tdbn_scale': jnp.ones(5)}
+  variables = neuron.init(jax.random.key(0), x, False, **scale)
+  learns = {'v_th'} if method == 'learnable_threshold' else set()
+  assert variables['params'].keys() == {'w'} | learns
+
+  names = []
+  if 'at' in method:
+    names.append('running_threshold')
+  if method == 'tgo' or (method == 'ds_atgo' and width_signal == 'sigma'):
+    names.append('running_signal')
+  kept = variables.get('batch_stats', {})
+  close(kept, {name: jnp.ones(3) for name in names})
+
+  (_, updates) = neuron.apply(
+    variables, x, False, **scale, mutable=['batch_stats', 'spiking']
+  )
+  happened = updates['spiking']
+  signals = {'theta': happened['mean'] + happened['std']}
+  signals['sigma'] = happened['std']
+  new = {'running_threshold': signals['theta']}
+  new['running_signal'] = signals[width_signal]
+  expected = {name: 0.8 + 0.2 * new[name] for name in names}
+  close(updates.get('batch_stats', {}), expected)
+
+
+def test_inference_fires_against_the_running_threshold():
+  x = normal(3, 4, 5)
+  neuron = snn.SpikingNeuron()
+  variables = trained(neuron, x)
+  running = variables['batch_stats']['running_threshold']
+  y, happened = neuron.apply(variables, x, True, mutable=['spiking'])
+  expected, _, _ = neurons.run(x, running=neurons.Running(running))
+  chex.assert_trees_all_equal(y, expected)
+  width = 1 + jnp.tanh(running - 1)
+  close(
+    [happened['spiking']['theta'], happened['spiking']['width']],
+    [running, width],
+  )
+  assert (y != train(neuron, variables, x)[0]).any()
+  gradient = jax.grad(lambda x: neuron.apply(variables, x, True).sum())(x)
+  assert gradient.any()
+
+
+def test_use_running_average_as_attribute_or_argument():
+  x = normal(3, 4, 5)
+  variables = trained(snn.SpikingNeuron(), x)
+  as_argument = snn.SpikingNeuron().apply(variables, x, True)
+  as_attribute = snn.SpikingNeuron(use_running_average=True).apply(variables, x)
+  chex.assert_trees_all_equal(as_attribute, as_argument)
+  for call in (snn.SpikingNeuron(), snn.TdBatchNorm()):
+    with pytest.raises(ValueError, match='use_running_average'):
+      call.init(jax.random.key(0), x)
+
+
+# What happened inside.
+
+
+def test_spiking_is_sown_only_where_mutable():
+  x = normal(3, 4, 5)
+  neuron = snn.SpikingNeuron()
+  variables = neuron.init(jax.random.key(0), x, False)
+  assert variables.keys() == {'params', 'batch_stats'}
+  spikes, updates = neuron.apply(
+    variables, x, False, mutable=['batch_stats', 'spiking']
+  )
+  _, _, record = neurons.run(x, record=True)
+  assert updates['spiking'].keys() == {
+    'theta', 'width', 'mean', 'std', 'firing_rate', 'gradient_share',
+  }  # fmt: skip
+  close(updates['spiking'], record.scalars())
+  close(updates['spiking']['firing_rate'], spikes.mean((1, 2)))
+
+  def program(*mutable):
+    apply = functools.partial(neuron.apply, mutable=mutable)
+    return str(jax.make_jaxpr(apply, static_argnums=2)(variables, x, False))
+
+  # Elsewhere it costs nothing: no membrane is compared with the window's edge.
+  assert '= lt ' in program('batch_stats', 'spiking')
+  assert '= lt ' not in program('batch_stats')
+
+
+# Recurrent networks, and parts of a recording.
+
+
+@pytest.mark.parametrize('use_running_average', [False, True])
+@pytest.mark.parametrize('method', NO_SCALE)
+def test_rnn_over_the_cell_equals_the_neuron(method, use_running_average):
+  x, weights = normal(2, 3, 4, 5)
+  neuron = snn.SpikingNeuron(method, use_running_average)
+  cell = snn.SpikingCell(method, use_running_average)
+  rnn = nn.RNN(cell, time_major=True, variable_axes={'batch_stats': 0})
+  variables = trained(snn.SpikingNeuron(method), x)
+  wrapped = {name: {'cell': values} for name, values in variables.items()}
+  chex.assert_trees_all_equal_shapes(rnn.init(jax.random.key(0), x), wrapped)
+
+  def gradient(module, variables):
+    def loss(variables, x):
+      y, updates = module.apply(variables, x, mutable=['batch_stats'])
+      return jnp.sum(y * weights), (y, updates)
+
+    gradient = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    return jax.tree.leaves(gradient(variables, x))
+
+  close(gradient(rnn, wrapped), gradient(neuron, variables))
+
+
+def test_the_cell_returns_its_carry():
+  x = normal(4, 5)
+  cell = snn.SpikingCell(use_running_average=False)
+  carry = cell.initialize_carry(jax.random.key(0), x.shape)
+  chex.assert_trees_all_equal(carry, neurons.at_rest(x))
+  variables = cell.init(jax.random.key(0), carry, x)
+  (carry, spikes), _ = cell.apply(variables, carry, x, mutable=['batch_stats'])
+  chex.assert_trees_all_equal((spikes, carry), neurons.step(None, x)[:2])
+
+
+@pytest.mark.parametrize('use_running_average', [False, True])
+@pytest.mark.parametrize('method', ['ds_atgo', 'tgo', 'vanilla'])
+def test_chunks_with_the_state_passed_on_equal_the_whole(
+  method, use_running_average
+):
+  x = normal(6, 4, 5)
+  neuron = snn.SpikingNeuron(method, use_running_average, num_steps=6)
+  variables = trained(snn.SpikingNeuron(method), x)
+  apply = functools.partial(
+    neuron.apply, mutable=['batch_stats'], return_state=True
+  )
+  (whole, last), whole_updates = apply(variables, x)
+  state, chunks = neurons.at_rest(x[0]), []
+  for chunk in (x[:2], x[2:3], x[3:]):
+    (y, state), updates = jax.jit(apply)(variables, chunk, state=state)
+    variables |= updates
+    chunks.append(y)
+  close(jnp.concatenate(chunks), whole)
+  close(state, last)
+  close(updates, whole_updates)
+
+
+# Settings.
+
+
+def own(statistics, parameters, t):
+  return 0.9 * statistics.mean + 0.5 * parameters.v_th
+
+
+@pytest.mark.parametrize(
+  'settings, parameters, arguments',
+  [
+    ({'decay': 0.6}, {'decay': 0.6}, {}),
+    ({'decay': 0.6, 'learn_decay': False}, {'decay': 0.6}, {}),
+    (
+      {'method': 'vanilla', 'v_th': 0.4},
+      {'v_th': 0.4},
+      {'method': ('vanilla',)},
+    ),
+    ({'f_c': 0.6}, {'f_c': 0.6}, {}),
+    ({'width': 2.5}, {'width': 2.5}, {}),
+    ({'threshold': 'estimated'}, {}, {'method': ('ds_atgo', 'estimated')}),
+    ({'threshold': own}, {}, {'method': ('ds_atgo', own)}),
+    ({'width_signal': 'sigma'}, {}, {'method': ('ds_atgo', 'true', 'sigma')}),
+    ({'surrogate': surrogate.arctan}, {}, {'surrogate': surrogate.arctan}),
+    ({'reset': 'soft'}, {}, {'reset': 'soft'}),
+    ({'detach_reset': True}, {}, {'detach_reset': True}),
+    ({'remat': True}, {}, {}),
+  ],
+)
+def test_settings_reach_the_neuron(settings, parameters, arguments):
+  x, weights = normal(2, 3, 4, 5)
+  neuron = snn.SpikingNeuron(**settings)
+  variables = neuron.init(jax.random.key(0), x, False)
+  method = methods.get(*arguments.pop('method', ('ds_atgo',)))
+  parameters = neurons.Parameters(**parameters)
+
+  def outputs(run):
+    y, pull = jax.vjp(run, x)
+    return y, *pull(weights)
+
+  ours = outputs(lambda x: train(neuron, variables, x)[0])
+  plain = outputs(lambda x: neurons.run(x)[0])
+  close(
+    ours,
+    outputs(lambda x: neurons.run(x, parameters, method, **arguments)[0]),
+  )
+  same = all((a == b).all() for a, b in zip(ours, plain, strict=True))
+  assert same == ('remat' in settings)
+
+
+def test_plif_learns_its_decay_and_lif_does_not():
+  x = normal(3, 4, 5)
+  variables = snn.SpikingNeuron().init(jax.random.key(0), x, False)
+  assert variables['params']['w'] == pytest.approx(-np.log(4))
+  neuron = snn.SpikingNeuron(learn_decay=False)
+  assert 'params' not in neuron.init(jax.random.key(0), x, False)
+
+
+def test_mpd_agl_takes_the_scale_of_tdbn():
+  x = normal(3, 4, 5)
+  neuron = snn.SpikingNeuron('mpd_agl', False, v_th=0.5)
+  with pytest.raises(ValueError, match="'mpd_agl' needs.*tdbn_scale=None"):
+    neuron.init(jax.random.key(0), x)
+  _, happened = neuron.init_with_output(
+    jax.random.key(0), x, tdbn_scale=jnp.arange(1.0, 6.0)
+  )
+  apply = functools.partial(neuron.apply, mutable=['spiking'])
+  _, happened = apply(happened, x, tdbn_scale=jnp.arange(1.0, 6.0))
+  later = 3 * np.sqrt(1.04)
+  close(happened['spiking']['width'], jnp.array([3.0, later, later]))
+
+
+@pytest.mark.parametrize(
+  'dtype, kept', [('bfloat16', 'float32'), ('float64', 'float64')]
+)
+@jax.enable_x64(True)
+def test_dtypes(dtype, kept):
+  """As in Flax; membrane and running values are at least float32."""
+  x = normal(3, 4, 5).astype(dtype)
+  neuron = snn.SpikingNeuron(param_dtype=dtype)
+  variables = neuron.init(jax.random.key(0), x, False)
+  assert variables['params']['w'].dtype == dtype
+  (y, state), variables = train(neuron, variables, x, return_state=True)
+  assert y.dtype == dtype
+  assert state.v.dtype == kept
+  assert variables['batch_stats']['running_threshold'].dtype == kept
+  other = snn.SpikingNeuron(dtype=jnp.float16).apply(variables, x, True)
+  assert other.dtype == jnp.float16
+
+
+# Layers without dynamics.
+
+
+def test_time_folded_layers_see_each_timestep_alone():
+  x = normal(3, 2, 4, 4, 5)
+  layers = [
+    snn.Conv(7, (3, 3)),
+    snn.Dense(7),
+    functools.partial(snn.avg_pool, window_shape=(2, 2), strides=(2, 2)),
+    functools.partial(snn.max_pool, window_shape=(2, 2), strides=(2, 2)),
+    snn.fold_time(lambda x: x.reshape(x.shape[0], -1)),
+  ]
+  # The same, of one timestep.
+  alone = layers[:2] + [
+    functools.partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2)),
+    functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
+    lambda x: x.reshape(x.shape[0], -1),
+  ]
+  for folded, each in zip(layers, alone, strict=True):
+    if isinstance(folded, nn.Module):
+      variables = folded.init(jax.random.key(0), x)
+      folded = each = functools.partial(folded.apply, variables)
+    close(folded(x), jnp.stack([each(x_t) for x_t in x]))
+
+
+def test_convolutions_start_with_kaiming_normal_fan_out():
+  x = jnp.zeros((1, 1, 8, 8, 3))
+  params = snn.Conv(512, (3, 3)).init(jax.random.key(0), x)['params']
+  assert params['kernel'].std() == pytest.approx(
+    np.sqrt(2 / (9 * 512)), rel=0.02
+  )
+  assert abs(params['kernel']).max() > 3 * params['kernel'].std()
+
+
+def test_repeat_in_time():
+  x = normal(2, 3)
+  chex.assert_trees_all_equal(snn.repeat_in_time(x, 3), jnp.stack([x] * 3))
+  with pytest.raises(ValueError, match='>= 1, got num_steps=0'):
+    snn.repeat_in_time(x, 0)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+  'settings, message',
+  [
+    ({'v_th': 0.0}, 'v_th > 0, got v_th=0.0'),
+    ({'f_c': -1}, 'f_c > 0, got f_c=-1'),
+    ({'width': -0.5}, 'width > 0, got width=-0.5'),
+    ({'method': 'lif'}, "method to be one of 'vanilla'.*got method='lif'"),
+    ({'threshold': 'exact'}, "'true', 'estimated', got threshold='exact'"),
+    ({'width_signal': 'mu'}, "'theta', 'sigma', got width_signal='mu'"),
+    ({'reset': 'zero'}, "'hard' or 'soft', got reset='zero'"),
+    ({'decay': 1.0}, '0 <= decay <= 1.*got decay=1.0, learn_decay=True'),
+    ({'decay': 1.5, 'learn_decay': False}, 'got decay=1.5, learn_decay=False'),
+    ({'momentum': 1.1}, '0 <= momentum <= 1, got .*1.1'),
+    ({'num_steps': 4}, 'expected T = 4 in all, got x with T = 3'),
+  ],
+)
+def test_settings_out_of_range(settings, message):
+  with pytest.raises(ValueError, match=message):
+    snn.SpikingNeuron(**settings).init(
+      jax.random.key(0), normal(3, 4, 5), False
+    )
+
+
+@pytest.mark.parametrize('use_running_average', [False, True])
+@pytest.mark.parametrize('method', ['ds_atgo', 'tgo'])
+def test_another_number_of_timesteps(method, use_running_average):
+  x = normal(5, 4, 5)
+  neuron = snn.SpikingNeuron(method, use_running_average)
+  variables = neuron.init(jax.random.key(0), x[:3])
+  apply = functools.partial(neuron.apply, variables, mutable=['batch_stats'])
+  for x_t in (x[:2], x):
+    message = f'expected T = 3 in all, got x with T = {len(x_t)}'
+    with pytest.raises(ValueError, match=message):
+      apply(x_t)
+  _, state = apply(x[:2], state=neurons.at_rest(x[0]), return_state=True)[0]
+  with pytest.raises(ValueError, match='= 3 in all.* T = 2 from timestep 2 on'):
+    apply(x[:2], state=state)
+
+
+@pytest.mark.parametrize('method', ['vanilla', 'learnable_threshold'])
+def test_methods_that_keep_nothing_take_any_number_of_timesteps(method):
+  neuron = snn.SpikingNeuron(method, False)
+  variables = neuron.init(jax.random.key(0), normal(3, 4, 5))
+  assert neuron.apply(variables, normal(7, 4, 5)).shape == (7, 4, 5)
+
+
+@pytest.mark.parametrize(
+  'shape, message',
+  [
+    ((3,), r'x \[T, B, ...\], got float32\[3\]'),
+    ((3, 1, 1), r'at least two neurons.*u.shape=\(1, 1\)'),
+  ],
+)
+def test_shapes(shape, message):
+  with pytest.raises(ValueError, match=message):
+    snn.SpikingNeuron().init(jax.random.key(0), jnp.ones(shape), False)
