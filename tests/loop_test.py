@@ -1,5 +1,7 @@
 """The training loop's parts, and whole runs inside this process."""
 
+import collections
+import contextlib
 import functools
 import math
 
@@ -352,7 +354,9 @@ def test_a_threshold_of_zero_or_less_is_warned_of_once(caplog):
 
 def test_a_run_leaves_what_it_promises(npz, tmp_path):
   config = tiny(data_path=npz)
-  result = loop.train(config, tmp_path / 'run', {'import': 2.0})
+  result = loop.train(
+    config, tmp_path / 'run', collections.Counter({'import': 2.0})
+  )
   lines = metrics.read(tmp_path / 'run')
   # 48 examples in batches of 8; every second step and the ends of epochs.
   assert [line['step'] for line in lines] == list(range(2, 19, 2))
@@ -395,6 +399,38 @@ def test_a_finished_run_says_so_and_stops(npz, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(data, 'load', None)
   assert loop.train(config, tmp_path / 'run') == result
   assert 'finished' in capsys.readouterr().out
+
+
+def test_a_run_stopped_within_an_epoch_resumes_exactly(
+  npz, tmp_path, monkeypatch
+):
+  config = tiny(data_path=npz)
+  expected = loop.train(config, tmp_path / 'whole')
+
+  @contextlib.contextmanager
+  def stop_signal():
+    yield lambda step: step == 9
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, 'stop_signal', stop_signal)
+    with pytest.raises(SystemExit, match='stopped after step 9'):
+      loop.train(config, tmp_path / 'parts')
+  assert checkpoints.restore(tmp_path / 'parts')[1]['totals']['steps'] == 3
+  got = loop.train(config, tmp_path / 'parts')
+  for result in expected, got:
+    result.pop('seconds')
+  assert got == expected
+  whole, parts = (
+    checkpoints.restore(tmp_path / name) for name in ('whole', 'parts')
+  )
+  chex.assert_trees_all_equal(whole[0], parts[0])
+  assert whole[1] == parts[1]
+  for lines in zip(
+    *(metrics.read(tmp_path / name) for name in ('whole', 'parts')), strict=True
+  ):
+    for line in lines:
+      line.pop('images_per_second', None)
+    assert lines[0] == lines[1]
 
 
 def test_selecting_on_the_test_split_is_labelled(npz, tmp_path):

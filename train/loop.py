@@ -377,7 +377,9 @@ def run_epoch(run_step, state, batches, steps, read, must_stop):
   """
   pending = None
   for step in steps:
-    state, (scalars, layers) = run_step(state, next(batches))
+    batch = next(batches)
+    with jax.profiler.StepTraceAnnotation('start', step_num=step):
+      state, (scalars, layers) = run_step(state, batch)
     if pending:
       read(*pending)
     pending = step, scalars
@@ -429,7 +431,7 @@ def train(config, workdir, seconds=None):
   Args:
     config: see `configs/digits.py`.
     workdir: gets checkpoints, metrics and `result.json`.
-    seconds: times measured before, for the result.
+    seconds: a counter that this run's times are added to, by name.
 
   Returns:
     What `result.json` has; None on all processes but the first.
@@ -440,7 +442,7 @@ def train(config, workdir, seconds=None):
     SystemExit: after a signal, with the state saved.
   """
   check(config)
-  seconds = collections.Counter(seconds)
+  seconds = collections.Counter() if seconds is None else seconds
   timed = functools.partial(metrics.timed, seconds)
   workdir = pathlib.Path(workdir)
   main = jax.process_index() == 0  # It alone touches the workdir.
@@ -466,17 +468,20 @@ def train(config, workdir, seconds=None):
     state, run_step = create_train_step(config, facts, steps_per_epoch)
     if saved:
       state = serialization.from_state_dict(state, saved)
-    state = multihost_utils.broadcast_one_to_all(jax.device_get(state))
-    state, start = jax.device_put(state, replicated()), int(state.step)
+    host_state = multihost_utils.broadcast_one_to_all(jax.device_get(state))
+    start = int(host_state.step)
     batches = on_devices(
       data.train_batches(dataset.train, config, start_step=start, **this_host())
     )
     batch = next(batches)
-    run_step = run_step.lower(state, batch).compile()
     run_eval = create_eval_step(config, facts)
-    run_eval = run_eval.lower(
-      variables(state), batch | {'mask': batch['label'] >= 0}
-    ).compile()
+    state = jax.device_put(host_state, replicated())
+    # Compiles; what comes out is dropped.
+    jax.block_until_ready(
+      run_eval(variables(state), batch | {'mask': batch['label'] >= 0})
+    )
+    jax.block_until_ready(run_step(state, batch))
+    state = jax.device_put(host_state, replicated())
   batches = itertools.chain([batch], batches)
   if saved and main:
     print(f'{workdir}: going on from step {start}')

@@ -7,6 +7,7 @@ Every field of the config can be set on the command line, as in
 The same command again resumes a run that was interrupted.
 """
 
+import collections
 import time
 
 from absl import flags
@@ -46,17 +47,22 @@ def start_jax(workdir):
 
 
 def main():
-  """Trains, prints the result and writes the report."""
+  """Trains, writes the report, prints the result and where the time went."""
+  seconds = collections.Counter()
   start = time.perf_counter()
   # Late, so that --help and misspelt flags are answered at once.
-  from train import loop, report
+  from train import loop, metrics, report
 
   start_jax(command.WORKDIR.value)
-  seconds = {'import': time.perf_counter() - start}
+  seconds['import'] = time.perf_counter() - start
   result = loop.train(CONFIG.value, command.WORKDIR.value, seconds)
   if result:
+    with metrics.timed(seconds, 'report'):
+      page = report.write(command.WORKDIR.value)
     print(report.headline(result))
-    print('report:', report.write(command.WORKDIR.value))
+    print(f'report: {page}')
+    times = ', '.join(f'{name} {s:.1f}' for name, s in seconds.items())
+    print(f'seconds: {times}')
 
 
 if __name__ == '__main__':

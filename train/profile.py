@@ -7,11 +7,11 @@ import jax
 import tqdm
 
 FIRST, COUNT = 5, 10
-# Names of the host's events, and what they mean here.
+# What the host does in the loop.
 HOST = {
   'np.asarray(jax.Array)': 'waiting for the metrics of the step before',
   'next batch': 'waiting for the next batch, and sending it',
-  'PjitFunction(jit(_fun))': 'starting the step',
+  'start': 'starting the step',
 }
 
 

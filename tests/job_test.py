@@ -1,0 +1,322 @@
+"""The commands, run as a user runs them."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from train import checkpoints, metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = (
+  '--config=configs/digits.py',
+  '--config.dataset=npz',
+  '--config.batch_size=8',
+  '--config.num_epochs=3',
+  '--config.num_steps=2',
+  '--config.model_args.stages=((4,),(4,))',
+  '--config.validation_fraction=0.25',
+  '--config.log_every=1',
+)
+
+
+@pytest.fixture(scope='module')
+def npz(tmp_path_factory):
+  """Images of three classes that can be told apart, in a file."""
+  rng = np.random.default_rng(0)
+  arrays = {}
+  for split, count in ('train', 128), ('test', 21):
+    labels = np.arange(count) % 3
+    images = rng.integers(0, 120, (count, 8, 8))
+    images[np.arange(count), labels * 3] += 120
+    arrays |= {f'x_{split}': images.astype(np.uint8), f'y_{split}': labels}
+  path = tmp_path_factory.mktemp('data') / 'data.npz'
+  np.savez(path, **arrays)
+  return f'--config.data_path={path}'
+
+
+def start(command, *args, **environment):
+  environment = (
+    os.environ
+    | {
+      'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.jax_cache'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+      'JAX_PLATFORMS': 'cpu',
+    }
+    | environment
+  )
+  return subprocess.Popen(
+    [sys.executable, '-m', f'train.{command}', *map(str, args)],
+    cwd=ROOT, env=environment, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
+def run(command, *args, **environment):
+  """Returns what a command printed, and its log; it must succeed."""
+  process = start(command, *args, **environment)
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+  return out, err
+
+
+def fail(command, *args):
+  """Returns the one line that a command ends with."""
+  process = start(command, *args)
+  out, err = process.communicate()
+  assert process.returncode == 1, out + err
+  assert out == '' and 'Traceback' not in err
+  return err.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope='module')
+def finished(npz, tmp_path_factory):
+  """The workdir of a whole run, what it printed, and its log."""
+  workdir = tmp_path_factory.mktemp('finished')
+  return workdir, *run('main', *TINY, npz, f'--workdir={workdir}')
+
+
+def test_a_run_prints_its_result_and_times_and_leaves_a_report(finished):
+  workdir, out, _ = finished
+  result = metrics.read_json(workdir / 'result.json')
+  assert f'est accuracy {result["accuracy"]:.2%} (21 examples' in out
+  last = out.strip().splitlines()[-1]
+  for name in ('import', 'data', 'compile', 'train', 'evaluate', 'report'):
+    assert f'{name} ' in last
+  assert (workdir / 'report.html').stat().st_size > 10_000
+  assert len(list((workdir / 'plots').glob('*.png'))) == 5
+  assert list((workdir / 'tensorboard').iterdir())
+
+
+def test_the_progress_bar(finished):
+  last = finished[2].strip().splitlines()[-1]
+  for part in ('100%', '288/288', 'images/s', 'loss 0.', 'accuracy '):
+    assert part in last
+
+
+def test_evaluate_gives_the_result_again(finished):
+  workdir, *_ = finished
+  result = metrics.read_json(workdir / 'result.json')
+  found = json.loads(run('evaluate', f'--workdir={workdir}', '--json')[0])
+  assert found['step'] == result['step'] == 36
+  assert found['num_examples'] == result['num_examples'] == 21
+  for name in ('accuracy', 'loss', 'layers'):
+    assert found[name] == result[name]
+  assert len(found['layers']['conv0']['firing_rate']) == 2
+  assert len(found['layers']['conv1']['gradient_share']) == 2
+
+
+def test_evaluate_takes_the_best_and_other_splits(finished):
+  workdir, *_ = finished
+  options = ('--json', '--checkpoint=best', '--split=validation')
+  out, _ = run('evaluate', f'--workdir={workdir}', *options)
+  found = json.loads(out)
+  best = metrics.read_json(workdir / 'result.json')['best']
+  assert (found['step'], found['accuracy']) == (best['step'], best['accuracy'])
+  assert (found['split'], found['num_examples']) == ('validation', 32)
+  assert found['selected_on'] == 'validation'
+
+
+def test_evaluate_prints_tables(finished):
+  workdir, *_ = finished
+  out, _ = run('evaluate', f'--workdir={workdir}', '--split=train')
+  lines = out.splitlines()
+  assert '96 train examples; latest checkpoint, step 36' in lines[0]
+  assert (
+    lines[2].split()[-3:] == lines[6].split()[-3:] == ['t=1', 't=2', 'mean']
+  )
+  for row in (3, 4, 7, 8):
+    name, *values = lines[row].split()
+    assert name == f'conv{(row + 1) % 4}'
+    first, second, mean = map(float, values)
+    assert 0 < first < 100
+    assert mean == pytest.approx((first + second) / 2, abs=0.011)
+
+
+def test_the_same_command_again_says_that_the_run_is_finished(finished, npz):
+  workdir, first, _ = finished
+  before = (workdir / 'metrics.jsonl').read_text()
+  out, _ = run('main', *TINY, npz, f'--workdir={workdir}')
+  assert 'is finished' in out.splitlines()[0]
+  assert 'is finished' not in first
+  assert (workdir / 'metrics.jsonl').read_text() == before
+
+
+def test_another_config_is_one_line(finished, npz):
+  workdir, *_ = finished
+  line = fail(
+    'main', *TINY, npz, f'--workdir={workdir}', '--config.method=vanilla'
+  )
+  assert line.startswith('error: config.method differs')
+  assert "expected 'ds_atgo', got 'vanilla'" in line
+
+
+@pytest.mark.parametrize(
+  'argument, message',
+  [
+    ('--config.learning_rte=1', 'error: .*learning_rte.*"learning_rate"'),
+    ('--config.neuron.dcay=1', 'error: .*dcay.*"decay"'),
+    ('--config.num_epochs=many', 'num_epochs=many: invalid literal for int'),
+    ('--config=configs/none.py', "error: .*'configs/none.py'"),
+    ('--config.method=at_tgo', "error: .*'ds_atgo'.*got method='at_tgo'"),
+    ('--config.model=Net', "error: .*ConvNet.*, got 'Net'"),
+    ('--config.batch_size=-8', 'error: .*must be positive, got -8'),
+    ('--config.data_path=none.npz', 'error: none.npz'),
+    ('more', 'error: expected flags only, got more'),
+  ],
+)
+def test_what_is_wrong_is_one_line(npz, tmp_path, argument, message):
+  process = start('main', *TINY, npz, f'--workdir={tmp_path}', argument)
+  out, err = process.communicate()
+  assert process.returncode == 1
+  assert out == '' and 'Traceback' not in err
+  assert [line for line in err.splitlines() if re.search(message, line)]
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_without_a_run_are_one_line(tmp_path):
+  assert fail('evaluate') == 'error: expected --workdir'
+  assert fail('main') == 'error: expected --config'
+  message = 'error: expected a run with a latest checkpoint in '
+  assert fail('evaluate', f'--workdir={tmp_path}').startswith(message)
+  assert fail('report', f'--workdir={tmp_path}').startswith('error: expected a')
+
+
+def arrays_of(workdir):
+  state, info = checkpoints.restore(workdir)
+  return checkpoints.checksum(state, {}), info
+
+
+def numbers_of(workdir):
+  """The lines of a run, without the times."""
+  lines = metrics.read(workdir)
+  for line in lines:
+    line.pop('images_per_second', None)
+  return lines
+
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_stopped_resumes_exactly(finished, npz, tmp_path, how):
+  command = ('main', *TINY, npz, f'--workdir={tmp_path}')
+  process = start(*command)
+  while process.poll() is None:
+    if (checkpoints.directory(tmp_path, 'latest') / '12').exists():
+      process.send_signal(how)
+      break
+    time.sleep(0.002)
+  _, err = process.communicate()
+  assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 1}[how]
+  stopped = checkpoints.restore(tmp_path)[1]['step']
+  assert 12 <= stopped < 36
+  if how == signal.SIGTERM:
+    assert f'stopped after step {stopped}' in err
+  out, _ = run(*command)
+  assert f'going on from step {stopped}' in out
+  assert arrays_of(tmp_path) == arrays_of(finished[0])
+  assert numbers_of(tmp_path) == numbers_of(finished[0])
+  assert (
+    metrics.read_json(tmp_path / 'result.json')['layers']
+    == (metrics.read_json(finished[0] / 'result.json')['layers'])
+  )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(npz, tmp_path):
+  args = (*TINY, npz, '--config.num_workers=1')
+  run('main', *args, f'--workdir={tmp_path / "one"}', JAX_NUM_CPU_DEVICES='2')
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+
+  def both():
+    processes = [
+      start(
+        'main',
+        *args,
+        f'--workdir={tmp_path / f"two_{i}"}',
+        f'--coordinator=127.0.0.1:{port}',
+        '--num_processes=2',
+        f'--process_id={i}',
+      )
+      for i in range(2)
+    ]
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [out for out, _ in outputs]
+
+  first, second = both()
+  assert 'est accuracy' in first and 'accuracy' not in second
+  # The first process alone writes.
+  assert not (tmp_path / 'two_1' / 'metrics.jsonl').exists()
+  assert not (tmp_path / 'two_1' / 'checkpoints').exists()
+  one, two = (metrics.read(tmp_path / name) for name in ('one', 'two_0'))
+  assert [x['step'] for x in one] == [x['step'] for x in two]
+  for a, b in zip(one, two, strict=True):
+    assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
+  assert one[-1]['validation_loss'] == pytest.approx(
+    two[-1]['validation_loss'], rel=1e-2
+  )
+  # Again, from the second epoch's end on, with the state sent to the other.
+  folder = checkpoints.directory(tmp_path / 'two_0', 'latest')
+  shutil.rmtree(folder / '36')
+  assert 'going on from step 24' in both()[0]
+  assert metrics.read(tmp_path / 'two_0')[-1]['loss'] == two[-1]['loss']
+  assert 'is finished' in both()[0]
+
+
+@pytest.mark.slow
+def test_profile(npz, tmp_path):
+  out, _ = run(
+    'main', *TINY, npz, f'--workdir={tmp_path}', '--config.profile=True'
+  )
+  assert 'ms a step while traced, the devices at work' in out
+  for part in (
+    'waiting for the metrics',
+    'the next batch',
+    'starting the step',
+  ):
+    assert part in out
+  summary = (tmp_path / 'profile' / 'summary.txt').read_text()
+  assert summary in out
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+@pytest.mark.slow
+def test_seeds(npz, tmp_path):
+  out, _ = run('seeds', *TINY, npz, f'--workdir={tmp_path}', '--seeds=3,5')
+  results = [
+    metrics.read_json(tmp_path / f'seed_{seed}' / 'result.json')
+    for seed in (3, 5)
+  ]
+  first, second = (result['accuracy'] for result in results)
+  assert f'seed 5: test accuracy {second:.2%}' in out
+  mean = f'mean of 2 seeds: {(first + second) / 2:.2%}'
+  assert mean in out.splitlines()[-1]
+  configs = [
+    metrics.read_json(tmp_path / f'seed_{seed}' / 'config.json')
+    for seed in (3, 5)
+  ]
+  assert [config['seed'] for config in configs] == [3, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype, least', [('float32', 98), ('bfloat16', 97)])
+def test_digits_reach_what_the_config_says(tmp_path, dtype, least):
+  out, _ = run(
+    'seeds',
+    '--config=configs/digits.py',
+    f'--config.dtype={dtype}',
+    f'--config.data_dir={tmp_path}/data',
+    f'--workdir={tmp_path}/runs',
+  )
+  mean = re.search(r'mean of 5 seeds: ([\d.]+)%', out.splitlines()[-1])
+  assert float(mean[1]) >= least
