@@ -109,7 +109,9 @@ def test_curves_are_the_metrics(workdir):
   assert set(lines) == {'train', 'validation', 'test, last checkpoint'}
   np.testing.assert_allclose(lines['train'].get_ydata(), [0, 50, 200 / 3])
   np.testing.assert_allclose(lines['validation'].get_ydata(), 50)
-  assert lines['test, last checkpoint'].get_ydata().item() == 61.25
+  assert lines['test, last checkpoint'].get_ydata().item() == pytest.approx(
+    61.25
+  )
   assert lines['train'].get_xdata().tolist() == [1, 2, 3]
   np.testing.assert_allclose(loss.lines[0].get_ydata(), [1, 1 / 2, 1 / 3])
 
