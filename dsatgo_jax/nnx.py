@@ -186,7 +186,7 @@ class SpikingNeuron(nnx.Module):
     self.axis_name = axis_name
     self.remat = remat
     self.dtype = dtype
-    neurons.check_positive(v_th=v_th, f_c=f_c, width=width)
+    neurons.check_positive(num_steps=num_steps, v_th=v_th, f_c=f_c, width=width)
     neurons.check_shares(decay, learn_decay, momentum)
     if learn_decay:
       self.w = nnx.Param(jnp.asarray(neurons.logit(decay), param_dtype))
