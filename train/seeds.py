@@ -2,7 +2,8 @@
 
   python -m train.seeds --config=configs/digits.py --workdir=runs/seeds
 
-Takes the same `--config.FIELD=...` as `train.main`, and resumes as it does.
+Takes the same `--config.FIELD=...` as `train.main`, and resumes as it does. For
+event frames it prints, too, what a linear classifier makes of their sums.
 """
 
 import copy
@@ -12,7 +13,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from train import command, loop
+from train import command, data, loop
+from train.datasets import digits_dvs
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The settings of the runs, as configs/digits.py.'
@@ -37,6 +39,13 @@ def main():
     f'mean of {len(accuracies)} seeds: {np.mean(accuracies):.2%}, standard '
     f'deviation {np.std(accuracies, ddof=len(accuracies) > 1):.2%}'
   )
+  dataset = data.load(CONFIG.value)
+  if len(dataset.example_shape) == 4:
+    train, test = dataset.train, dataset.test
+    accuracy = digits_dvs.linear_accuracy(
+      train.images, train.labels, test.images, test.labels
+    )
+    print(f'linear classifier on the frames summed over time: {accuracy:.2%}')
 
 
 if __name__ == '__main__':
