@@ -13,6 +13,7 @@ The recipe is that of CIFAR10-DVS, made small. 20 steps an epoch, 240 in all.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -24,8 +25,8 @@ def get_config():
   config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
   config.validation_fraction = 0.1  # Of the training split, held out.
   config.normalize = False  # Event counts as they are.
-  config.mean = None
-  config.std = None
+  config.mean = placeholder(tuple)
+  config.std = placeholder(tuple)
   config.augment = ('roll:1',)  # See train/augment.py.
   config.num_workers = 0  # Processes that read and augment; 0: threads.
   config.batch_size = 64  # Over all devices.
