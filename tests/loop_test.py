@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import math
 
 import chex
@@ -233,10 +232,10 @@ def test_four_devices_do_what_one_does(method):
     four, one = first, host
     for seed in range(3):
       batch = batch_of(8, seed)
-      four, (measured, layers) = run_step(four, on_devices(batch))
+      four, measured = run_step(four, on_devices(batch))
       one, expected = alone(one, jax.tree.map(lambda x: x[None], batch))
       chex.assert_trees_all_close(
-        (four, (measured, layers)), jax.device_get((one, expected)), rtol=1e-10
+        (four, measured), jax.device_get((one, expected)), rtol=1e-10
       )
     moved = jax.tree.map(
       lambda a, b: np.abs(a - b).max(), host.params, jax.device_get(four).params
@@ -265,26 +264,25 @@ def test_metrics_are_read_after_the_next_step_was_started():
   events = []
 
   def run_step(state, batch):
-    events.append(f'start {state + 1}')
-    return state + 1, (state + 1, np.array(state + 1))
+    events.append(f'start {batch}')
+    return state + 1, batch
 
-  def read(step, scalars):
-    assert step == scalars
-    events.append(f'read {step}')
-    return f'line {step}'
+  def read(step, measured):
+    events.append(f'read {measured}')
+    return step
 
-  run = functools.partial(loop.run_epoch, run_step, 0, iter('abcdef'))
-  found = run(range(1, 4), read, lambda step: False)
-  assert found == (3, 'line 3', 3, False)
+  def run(must_stop):
+    events.clear()
+    return loop.run_epoch(
+      run_step, 0, iter('abcdef'), range(1, 4), read, must_stop
+    )
+
+  assert run(lambda step: False) == (3, 'c', 3, False)
   assert events == [
-    'start 1', 'start 2', 'read 1', 'start 3', 'read 2', 'read 3'
+    'start a', 'start b', 'read a', 'start c', 'read b', 'read c'
   ]  # fmt: skip
-  events.clear()
-  assert run(range(1, 4), read, lambda step: step == 2)[1::2] == (
-    'line 2',
-    True,
-  )
-  assert events == ['start 1', 'start 2', 'read 1', 'read 2']
+  assert run(lambda step: step == 2) == (2, 'b', 2, True)
+  assert events == ['start a', 'start b', 'read a', 'read b']
 
 
 @pytest.mark.parametrize('frames', [False, True])
@@ -331,18 +329,17 @@ def test_evaluation_is_the_mean_over_the_examples(frames):
 
 def test_layers_come_in_the_order_of_the_network():
   config = tiny(model_args={'stages': ((2,) * 12,)})
-  state, run_step = loop.create_train_step(config, FACTS, 10)
-  _, (_, layers) = jax.eval_shape(run_step, state, on_devices(batch_of(8)))
-  assert list(layers) == [f'conv{i}' for i in range(12)]
+  state, _ = loop.create_train_step(config, FACTS, 10)
+  run_eval = loop.create_eval_step(config, FACTS)
+  batch = loop.unmasked(on_devices(batch_of(8)))
+  sums = jax.eval_shape(run_eval, loop.variables(state), batch)
+  assert list(sums['layers']) == [f'conv{i}' for i in range(12)]
 
 
 def test_a_threshold_of_zero_or_less_is_warned_of_once(caplog):
   logging.use_python_logging()
   warned = set()
-  layers = {
-    'conv0': {'theta': np.array([0.5, 1.0])},
-    'conv1': {'theta': np.array([0.5, -0.25])},
-  }
+  layers = {'conv0': {'theta': [0.5, 1.0]}, 'conv1': {'theta': [0.5, -0.25]}}
   with caplog.at_level('WARNING'):
     for step in 10, 20:
       loop.warn_of_thresholds(layers, step, warned)
@@ -449,6 +446,9 @@ def test_without_a_validation_part_nothing_is_best(npz, tmp_path):
   config = tiny(data_path=npz, num_epochs=1, validation_fraction=0.0)
   result = loop.train(config, tmp_path)
   assert result['best'] is result['selected_on'] is None
+  (line,) = [line for line in metrics.read(tmp_path) if 'layers' in line]
+  assert 0 < line['layers']['conv0']['firing_rate'][0] < 1
+  assert not [name for name in line if name.startswith(('validation', 'test'))]
   assert checkpoints.restore(tmp_path, 'best') is None
 
 

@@ -214,15 +214,13 @@ def train_step(state, batch, *, model, optimizer, schedule, loss, mean, std):
       {'params': params, 'batch_stats': state.batch_stats},
       prepare(batch['image'], mean, std),
       train=True,
-      mutable=['batch_stats', 'spiking'],
+      mutable=['batch_stats'],
     )
     accuracy = jnp.mean(predicted(logits) == batch['label'])
-    layers = by_layer(updates['spiking'])
-    return jnp.mean(loss(logits, batch['label'])), (
-      accuracy, layers, updates['batch_stats'],
-    )  # fmt: skip
+    value = jnp.mean(loss(logits, batch['label']))
+    return value, (accuracy, updates['batch_stats'])
 
-  (value, (accuracy, layers, batch_stats)), gradients = jax.value_and_grad(
+  (value, (accuracy, batch_stats)), gradients = jax.value_and_grad(
     forward, has_aux=True
   )(state.params)
   gradients, value, accuracy = jax.lax.pmean((gradients, value, accuracy), AXIS)
@@ -239,7 +237,7 @@ def train_step(state, batch, *, model, optimizer, schedule, loss, mean, std):
     batch_stats=batch_stats,
     opt_state=opt_state,
   )
-  return state, (measured, layers)
+  return state, measured
 
 
 def eval_step(variables, batch, *, model, loss, mean, std):
@@ -352,40 +350,47 @@ def evaluate(run_eval, variables, source, config):
   batches = data.eval_batches(
     source, config, batch_size=config.batch_size, **this_host()
   )
-  sums = None
-  for new in one_late(run_eval(variables, x) for x in on_devices(batches)):
-    sums = new if sums is None else jax.tree.map(np.add, sums, new)
-  count = int(sums.pop('num_examples'))
-  means = jax.tree.map(lambda x: (x / count).tolist(), sums)
-  return {'num_examples': count, **means}
+  return average(run_eval(variables, batch) for batch in on_devices(batches))
 
 
-def one_late(results):
-  """Yields results as host arrays, each after the next one was started."""
-  pending = next(results)
+def average(results):
+  """Turns sums over examples into means; reads each one step late."""
+  sums, pending = None, None
   for result in itertools.chain(results, [None]):
-    ready, pending = jax.device_get(pending), result
-    yield ready
+    if pending is not None:
+      ready = jax.device_get(pending)
+      sums = ready if sums is None else jax.tree.map(np.add, sums, ready)
+    pending = result
+  count = sums.pop('num_examples').item()
+  return {
+    'num_examples': int(count),
+    **jax.tree.map(lambda x: (x / count).tolist(), sums),
+  }
+
+
+def unmasked(batch):
+  """A training batch, as the evaluation step takes it."""
+  return batch | {'mask': batch['label'] >= 0}
 
 
 def run_epoch(run_step, state, batches, steps, read, must_stop):
   """Runs steps; the metrics of each are read after the next one was started.
 
   Returns:
-    The state, the last step's line, what its layers measured, and whether to
+    The state, the last batch, what `read` made of the last step, and whether to
     stop here.
   """
   pending = None
   for step in steps:
     batch = next(batches)
     with jax.profiler.StepTraceAnnotation('start', step_num=step):
-      state, (scalars, layers) = run_step(state, batch)
+      state, measured = run_step(state, batch)
     if pending:
       read(*pending)
-    pending = step, scalars
+    pending = step, measured
     if stopping := must_stop(step):
       break
-  return state, read(*pending), jax.device_get(layers), stopping
+  return state, batch, read(*pending), stopping
 
 
 @contextlib.contextmanager
@@ -419,7 +424,7 @@ def stop_signal():
 def warn_of_thresholds(layers, step, warned):
   """Logs the layers that have a threshold of 0 or less, each of them once."""
   for name, layer in layers.items():
-    theta = layer['theta'].min()
+    theta = min(layer['theta'])
     if theta <= 0 and name not in warned:
       logging.warning('%s has a threshold of %g at step %d', name, theta, step)
       warned.add(name)
@@ -477,9 +482,7 @@ def train(config, workdir, seconds=None):
     run_eval = create_eval_step(config, facts)
     state = jax.device_put(host_state, replicated())
     # Compiles; what comes out is dropped.
-    jax.block_until_ready(
-      run_eval(variables(state), batch | {'mask': batch['label'] >= 0})
-    )
+    jax.block_until_ready(run_eval(variables(state), unmasked(batch)))
     jax.block_until_ready(run_step(state, batch))
     state = jax.device_put(host_state, replicated())
   batches = itertools.chain([batch], batches)
@@ -522,7 +525,7 @@ def train(config, workdir, seconds=None):
       steps = range(max(start, epoch * steps_per_epoch) + 1, last + 1)
       before = seconds['train']
       with timed('train'):
-        state, line, layers, stopping = run_epoch(
+        state, batch, line, stopping = run_epoch(
           run_step, state, batches, steps, read, must_stop
         )
       step, is_best = line['step'], False
@@ -533,18 +536,21 @@ def train(config, workdir, seconds=None):
         line['train_loss'] = totals['loss'] / totals['steps']
         line['train_accuracy'] = totals['accuracy'] / totals['steps']
         totals.clear()
-        if selection is not None:
-          with timed('evaluate'):
+        with timed('evaluate'):
+          if selection is None:
+            scores = average([run_eval(variables(state), unmasked(batch))])
+          else:
             scores = evaluate(run_eval, variables(state), selection, config)
+        line['layers'] = scores['layers']
+        if selection is not None:
           for name in ('loss', 'accuracy'):
             line[f'{config.select_on}_{name}'] = scores[name]
           is_best = best is None or scores['accuracy'] > best['accuracy']
           if is_best:
             best = {'step': step, 'accuracy': scores['accuracy']}
-        line['layers'] = jax.tree.map(np.ndarray.tolist, layers)
       if main:
-        warn_of_thresholds(layers, step, warned)
         if step == last:
+          warn_of_thresholds(line['layers'], step, warned)
           write(line)
           bar.write(metrics.summary(line))
         info = {

@@ -36,7 +36,9 @@ pre {{background: #f4f4f4; padding: 1em; overflow-x: auto}}
 </style>
 <h1>{title}</h1>
 <p>{headline}</p>
-<p>{note}</p>
+<p>Activity is that of inference. At the end: on the {split}. Over training: on
+the split that is evaluated after every epoch (on a training batch where there
+is none), the mean over the timesteps.</p>
 {figures}
 <h2>Settings</h2>
 <pre>{settings}</pre>
@@ -95,7 +97,7 @@ def write(workdir):
       f'{config["method"]}, {config["model"]}, {config["dataset"]}'
     ),
     headline=headline(result) if result else 'The run is not finished.',
-    note=NOTE.format('all test examples' if result else 'its last batch'),
+    split='test split' if result else 'split of the curves over training',
     figures='\n'.join(figures),
     settings=html.escape(json.dumps(config, indent=2)),
   )
@@ -140,10 +142,6 @@ def thresholds(epochs, result):
   return heatmaps(layers, ('theta', 'width'), 1)
 
 
-NOTE = (
-  'Over training: the last batch of each epoch, the mean over its timesteps. '
-  'At the end: {}.'
-)
 LABELS = {
   'firing_rate': 'firing rate, %',
   'gradient_share': 'share in the gradient window, %',
