@@ -406,8 +406,7 @@ def _forward(dynamics, x, v, t, parameters, running):
 
   def body(v, inputs):
     t, x, running = inputs
-    # Written once, and read from there by all that follows.
-    u = lax.optimization_barrier(parameters.decay * v + x.astype(v.dtype))
+    u = parameters.decay * v + x.astype(v.dtype)
     measured = None
     if dynamics.record or (
       running is None
