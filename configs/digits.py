@@ -49,7 +49,7 @@ def get_config():
 
   # Optimisation.
   config.seed = 0
-  config.num_epochs = 30
+  config.num_epochs = 20
   config.loss = 'cross_entropy'  # Or 'tet'.
   config.label_smoothing = 0.1
   config.optimizer = 'sgd'  # Or 'adamw'.

@@ -10,6 +10,14 @@ WORKDIR = flags.DEFINE_string(
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object and no more.')
 
 
+def keep_compiled():
+  """Keeps compiled programs in the workdir, unless JAX was told otherwise."""
+  import jax  # Late: a misspelt flag is answered without it.
+
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', f'{WORKDIR.value}/compiled')
+
+
 def run(main, *required):
   """Runs `main()` with the flags parsed; the `required` ones must be given.
 

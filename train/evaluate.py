@@ -77,6 +77,7 @@ def table(title, layers, name):
 
 def main():
   """Prints the evaluation, for people or as JSON."""
+  command.keep_compiled()
   found = evaluate(
     command.WORKDIR.value, CHECKPOINT.value, SPLIT.value, DATA_PATH.value
   )

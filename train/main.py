@@ -32,8 +32,8 @@ PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-def start_jax(workdir):
-  """Joins the other processes, and keeps compiled programs in the workdir."""
+def join():
+  """Joins the other processes, if there are any."""
   import jax
 
   if COORDINATOR.value == 'auto':
@@ -42,8 +42,6 @@ def start_jax(workdir):
     jax.distributed.initialize(
       COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     )
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', f'{workdir}/compiled')
 
 
 def main():
@@ -53,7 +51,8 @@ def main():
   # Late, so that --help and misspelt flags are answered at once.
   from train import loop, metrics, report
 
-  start_jax(command.WORKDIR.value)
+  join()
+  command.keep_compiled()
   seconds['import'] = time.perf_counter() - start
   result = loop.train(CONFIG.value, command.WORKDIR.value, seconds)
   if result:

@@ -8,7 +8,6 @@ event frames it prints, too, what a linear classifier makes of their sums.
 
 import copy
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
@@ -25,9 +24,7 @@ SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2', '3', '4'], 'The seeds.')
 def main():
   """Trains in `workdir/seed_N`; a seed that is finished is not run again."""
   workdir = command.WORKDIR.value
-  # Shared: the seeds differ in no compiled program.
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', f'{workdir}/compiled')
+  command.keep_compiled()
   accuracies = []
   for seed in map(int, SEEDS.value):
     config = copy.deepcopy(CONFIG.value)
