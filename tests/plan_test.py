@@ -186,8 +186,9 @@ def test_blank_data(
 
 
 @pytest.mark.parametrize('module', [digits, digits_dvs])
-def test_blank_data_are_like_those_on_disk(module):
+def test_blank_data_are_like_those_on_disk(tmp_path, module):
   config = module.get_config()
+  config.data_dir = str(tmp_path)
   blank, real = plan.load(config), data.load(config)
   for part in 'train', 'validation', 'test':
     assert len(getattr(blank, part)) == len(getattr(real, part))
@@ -249,8 +250,8 @@ def test_memory_and_collectives_are_the_steps_own(found):
     found[f'{part}_bytes'] for part in ('state', 'batch', 'activation')
   )
   # The moments of tdBN and of two membranes, from each of four devices; then
-  # tdBN's gradients, the parameters', loss, accuracy, and two shares twice.
-  *forward, rest = 4 * 2 * 4, 4 * 2, 4 * 2, 4 * 2 * 4 + 695 + 2 + 2 * 2
+  # the gradients of tdBN's and of the parameters, loss and accuracy.
+  *forward, rest = 4 * 2 * 4, 4 * 2, 4 * 2, 4 * 2 * 4 + 695 + 2
   carried = plan.collectives(compiled.as_text())
   assert carried[:3] == [4 * count for count in forward]
   assert sum(carried[3:]) == 4 * rest
@@ -258,8 +259,8 @@ def test_memory_and_collectives_are_the_steps_own(found):
   assert found['collective_bytes'] == sum(carried)
 
 
-def test_the_step_is_the_one_that_trains():
-  config = tiny()
+def test_the_step_is_the_one_that_trains(tmp_path):
+  config = tiny(data_dir=str(tmp_path))
   dataset = data.load(config)
   step, state, batch = plan.create_train_step(config, plan.load(config))
   real, run = loop.create_train_step(config, loop.describe(dataset), 80)
