@@ -9,6 +9,7 @@ minutes on two CPU cores:
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -17,11 +18,11 @@ def get_config():
   # Data.
   config.dataset = 'digits'  # Or 'npz', or another dataset of TFDS.
   config.data_path = ''  # The file of dataset = 'npz'.
-  config.data_dir = None  # Where TFDS keeps its datasets; None: its default.
+  config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
   config.validation_fraction = 0.1  # Of the training split, held out.
   config.normalize = True  # By mean and deviation of the training split.
-  config.mean = None
-  config.std = None
+  config.mean = placeholder(tuple)
+  config.std = placeholder(tuple)
   config.augment = ('random_crop:1',)  # See train/augment.py.
   config.num_workers = 0  # Processes that read and augment; 0: threads.
   config.batch_size = 64  # Over all devices.
