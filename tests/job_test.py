@@ -191,6 +191,15 @@ def test_commands_without_a_run_are_one_line(tmp_path):
   assert fail('report', f'--workdir={tmp_path}').startswith('error: expected a')
 
 
+@pytest.mark.parametrize('command', ['main', 'seeds', 'evaluate', 'report'])
+def test_help_tells_the_flags_that_are_needed(command):
+  process = start(command, '--help')
+  out, err = process.communicate()
+  assert f'python -m train.{command} ' in out and '--workdir:' in out
+  if command in ('main', 'seeds'):
+    assert '--config:' in out and '--config.' in out
+
+
 def arrays_of(workdir):
   state, info = checkpoints.restore(workdir)
   return checkpoints.checksum(state, {}), info

@@ -33,9 +33,7 @@ def run(main, *required):
         value = flags.FLAGS[name].value
         if value is None:
           raise ValueError(f'expected --{name}')
-        getattr(
-          value, 'keys', None
-        )  # Where a config file was not read, raises.
+        getattr(value, 'keys', None)  # Raises for a file that was not read.
     except Exception as error:  # A config file may raise anything.
       end(error)
     if flags.FLAGS['verbosity'].using_default_value:
@@ -49,6 +47,8 @@ def run(main, *required):
       logging.debug('', exc_info=True)
       end(error)
 
+  for name in required:  # For --help, wherever it was defined.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
   app.run(guarded, flags_parser=parse)
 
 

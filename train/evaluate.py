@@ -21,7 +21,6 @@ SPLIT = flags.DEFINE_enum(
 DATA_PATH = flags.DEFINE_string(
   'data_path', None, 'The .npz file, if not the one of the run.'
 )
-flags.declare_key_flag('workdir')
 flags.declare_key_flag('json')
 
 
