@@ -124,6 +124,8 @@ def test_evaluate_takes_the_best_and_other_splits(finished):
   assert (found['step'], found['accuracy']) == (best['step'], best['accuracy'])
   assert (found['split'], found['num_examples']) == ('validation', 32)
   assert found['selected_on'] == 'validation'
+  out, _ = run('evaluate', f'--workdir={workdir}', *options[1:])
+  assert 'chosen on the validation split' in out.splitlines()[0]
 
 
 def test_evaluate_prints_tables(finished):

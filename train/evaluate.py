@@ -83,10 +83,12 @@ def main():
   if command.JSON.value:
     print(json.dumps(found))
     return
+  chosen = f', chosen on the {found["selected_on"]} split'
   print(
     f'accuracy {found["accuracy"]:.2%}, loss {found["loss"]:.4f} on '
     f'{found["num_examples"]} {found["split"]} examples; '
     f'{found["checkpoint"]} checkpoint, step {found["step"]}'
+    + (chosen if found['checkpoint'] == 'best' else '')
   )
   for title, name in (
     ('firing rate, %', 'firing_rate'),
