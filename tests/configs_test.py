@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib
+import os
 import pathlib
 import re
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -255,3 +258,20 @@ def test_full_size_step_lowers_for_cuda_in_bfloat16(name):
     assert re.search(r'-> tensor<[\dx]+xbf16>', convolution)
   assert 'stablehlo.all_reduce' in text
   assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(state))
+
+
+@pytest.mark.slow
+def test_digits_dvs_reach_their_target(tmp_path):
+  done = subprocess.run(
+    [
+      sys.executable, '-m', 'train.seeds', '--config=configs/digits_dvs.py',
+      '--seeds=0,1,2', f'--workdir={tmp_path}', f'--config.data_dir={tmp_path}',
+    ],
+    cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  network, linear = done.stdout.splitlines()[-2:]
+  network = re.search(r'mean of 3 seeds: ([\d.]+)%', network)
+  linear = re.search(r'linear classifier .*: ([\d.]+)%', linear)
+  assert float(network[1]) >= 95
+  assert float(network[1]) > float(linear[1]) > 80
