@@ -106,6 +106,7 @@ class _Dynamics(NamedTuple):
   axis_name: Any
   dtype: Any
   record: bool
+  at_rest: bool
 
 
 def step(
@@ -222,7 +223,7 @@ def run(
   )
   dynamics = _Dynamics(
     methods.get(method), surrogate, reset, detach_reset, axis_name,
-    jnp.dtype(dtype or x.dtype), record,
+    jnp.dtype(dtype or x.dtype), record, state is None,
   )  # fmt: skip
   membrane_dtype = jnp.promote_types(x.dtype, jnp.float32)
   if state is None:
@@ -502,9 +503,11 @@ def _fused_backward(dynamics, residuals, cotangents):
     is_last = index == num_steps - 1
     v, g_u_here, g_here = back(inputs, jnp.where(is_last, g_v, decay * g_u))
     g_parameters = jax.tree.map(jnp.add, g_parameters, g_here)
-    return (g_u_here, g_parameters, g_decay + jnp.sum(g_u * v)), g_u_here
+    g_decay += jnp.where(is_last, 0, jnp.sum(g_u * v))
+    return (g_u_here, g_parameters, g_decay), g_u_here
 
-  indices = jnp.arange(num_steps, dtype=jnp.int32)
+  # Constants, which XLA folds where the scan is unrolled.
+  indices = np.arange(num_steps, dtype=np.int32)
   (g_u, g_parameters, g_decay), g_x = lax.scan(
     body,
     jax.tree.map(jnp.zeros_like, (g_v, parameters, decay)),
@@ -512,7 +515,8 @@ def _fused_backward(dynamics, residuals, cotangents):
     reverse=True,
     unroll=_unroll(num_steps),
   )
-  g_decay += jnp.sum(g_u * v_0)
+  if not dynamics.at_rest:
+    g_decay += jnp.sum(g_u * v_0)
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
   return g_x.astype(x.dtype), decay * g_u, None, *pool(g_parameters), None
 
@@ -538,6 +542,7 @@ def _rematerialized(dynamics, x, v, t, parameters, running):
     spikes, v, record = _fused(dynamics, x, v, t, parameters, running)
     return (v, t + size), (spikes, record)
 
+  dynamics = dynamics._replace(at_rest=False)
   (v, _), outputs = lax.scan(
     jax.checkpoint(chunk, policy=statistics.keep),
     (v, t),
