@@ -111,7 +111,7 @@ def test_head_comment(name):
   assert int(total.replace(',', '')) == expected * config.num_epochs
 
 
-@pytest.mark.parametrize('name', sorted(CONFIGS - {'digits'}))
+@pytest.mark.parametrize('name', sorted(CONFIGS))
 def test_every_field_is_there_and_can_be_set(name):
   config, other = load(name)[1], load('digits_dvs')[1]
   assert list(config) == list(other)
