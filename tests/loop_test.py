@@ -89,6 +89,14 @@ def test_settings_out_of_range_are_errors(field, value, message):
     loop.check(tiny(**{field: value}))
 
 
+@pytest.mark.parametrize('field', digits.get_config())
+def test_a_missing_setting_is_an_error(field):
+  config = tiny()
+  del config[field]
+  with pytest.raises(ValueError, match=f'expected a config with {field}, as'):
+    loop.check(config)
+
+
 def test_unknown_models_and_attributes_are_errors():
   with pytest.raises(ValueError, match="one of .*ConvNet.*, got 'Net'"):
     loop.create_model(tiny(model='Net'), 3)

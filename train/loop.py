@@ -44,6 +44,11 @@ POSITIVE = (
   'num_epochs', 'batch_size', 'num_steps', 'learning_rate', 'log_every',
 )  # fmt: skip
 NOT_NEGATIVE = ('momentum', 'weight_decay', 'grad_clip_norm', 'label_smoothing')
+OTHERS = (
+  'augment', 'data_dir', 'data_path', 'dataset', 'mean', 'method', 'model',
+  'model_args', 'neuron', 'normalize', 'num_workers', 'profile', 'seed', 'std',
+  'validation_fraction', 'warmup_epochs',
+)  # fmt: skip
 # What may differ when a run is resumed; anything else would be another run.
 FREE = (
   'config.data_dir', 'config.data_path', 'config.log_every',
@@ -61,7 +66,13 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def check(config):
-  """Raises a `ValueError` for a setting out of its range."""
+  """Raises a `ValueError` for a setting that is missing or out of its range."""
+  expected = {*CHOICES, *POSITIVE, *NOT_NEGATIVE, *OTHERS}
+  if missing := expected - config.keys():
+    raise ValueError(
+      f'expected a config with {", ".join(sorted(missing))}, as '
+      'configs/digits.py has them, got none'
+    )
   for name, choices in CHOICES.items():
     if config[name] not in choices:
       raise ValueError(
