@@ -68,7 +68,7 @@ class TrainState(flax.struct.PyTreeNode):
 def check(config):
   """Raises a `ValueError` for a setting that is missing or out of its range."""
   expected = {*CHOICES, *POSITIVE, *NOT_NEGATIVE, *OTHERS}
-  if missing := expected - config.keys():
+  if missing := expected.difference(config):
     raise ValueError(
       f'expected a config with {", ".join(sorted(missing))}, as '
       'configs/digits.py has them, got none'
