@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsatgo_jax import linen as snn
-from dsatgo_jax import methods, statistics, surrogate
+from dsatgo_jax import methods, neurons, statistics, surrogate
 
 
 class Parts(NamedTuple):
@@ -93,6 +93,7 @@ class Network(nn.Module):
 
   def static_steps(self, x) -> int | None:
     """`num_steps` for images [B, H, W, C], None for frames [T, B, H, W, C]."""
+    neurons.check_positive(num_steps=self.num_steps)
     if x.ndim == 4:
       return self.num_steps
     if x.ndim == 5 and x.shape[0] == self.num_steps:

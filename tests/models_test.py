@@ -1,0 +1,240 @@
+"""The networks: published sizes, shapes layer by layer, finite gradients."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsatgo_jax import losses, models
+from dsatgo_jax.methods import METHODS
+
+# Narrowed copies, and images for them.
+NARROW = {
+  'resnet19': (
+    functools.partial(
+      models.ResNet19, planes=(4, 6), stage_sizes=(1, 1), head_width=8
+    ),
+    (4, 8, 8, 3),
+  ),
+  'sew_resnet': (
+    functools.partial(
+      models.SEWResNet18, 7, num_steps=2, planes=(4, 6), stage_sizes=(1, 1)
+    ),
+    (4, 16, 16, 3),
+  ),
+  'vgg': (
+    functools.partial(models.VGGSNN, num_steps=3, stages=((4, 4), (6,))),
+    (4, 8, 8, 2),
+  ),
+}
+narrow = pytest.mark.parametrize('make, shape', NARROW.values(), ids=NARROW)
+
+
+def images(shape, dtype=np.float32):
+  return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
+def init(net, x):
+  # This generator compiles several times as fast.
+  return jax.jit(net.init)(jax.random.key(0, impl='unsafe_rbg'), x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train_step(net, variables, x):
+  """Logits, running values and gradients."""
+
+  def loss_fn(params):
+    logits, updates = net.apply(
+      variables | {'params': params}, x, train=True, mutable=['batch_stats']
+    )
+    labels = jnp.arange(logits.shape[1])
+    return losses.cross_entropy(logits, labels).mean(), (logits, updates)
+
+  gradients, outputs = jax.grad(loss_fn, has_aux=True)(variables['params'])
+  return *outputs, gradients
+
+
+# The published networks, without running them.
+
+
+@pytest.mark.parametrize(
+  'net, shape, parameters, neurons',
+  [
+    (models.ResNet19(), (32, 32, 3), 12_698_260, 20),
+    (models.ResNet19(num_classes=100), (32, 32, 3), 12_721_300, 20),
+    (models.VGGSNN(), (48, 48, 2), 9_268_754, 8),
+    (models.SEWResNet18(), (224, 224, 3), 11_689_532, 20),
+    (models.SEWResNet34(), (224, 224, 3), 21_797_708, 36),
+  ],
+)
+def test_parameter_counts(net, shape, parameters, neurons):
+  variables = jax.eval_shape(
+    net.init, jax.random.key(0), jnp.zeros((1, *shape))
+  )
+  params = jax.tree_util.tree_leaves_with_path(variables['params'])
+  assert sum(math.prod(leaf.shape) for _, leaf in params) == parameters
+  scalars = [path for path, leaf in params if not leaf.shape]
+  assert len(scalars) == neurons
+  assert {path[-1].key for path in scalars} == {'w'}
+
+
+RESNET19 = {
+  'encode': (32, 32, 128),
+  'block0': (32, 32, 128),
+  'block1': (32, 32, 128),
+  'block2': (32, 32, 128),
+  'block3': (16, 16, 256),
+  'block4': (16, 16, 256),
+  'block5': (16, 16, 256),
+  'block6': (8, 8, 512),
+  'block7': (8, 8, 512),
+  'head': (256,),
+  'classifier': (10,),
+}
+VGG = {
+  'conv0': (48, 48, 64),
+  'conv1': (48, 48, 128),
+  'conv2': (24, 24, 256),
+  'conv3': (24, 24, 256),
+  'conv4': (12, 12, 512),
+  'conv5': (12, 12, 512),
+  'conv6': (6, 6, 512),
+  'conv7': (6, 6, 512),
+  'classifier': (10,),
+}
+
+
+def sew(*stage_sizes):
+  sizes = zip(stage_sizes, (56, 28, 14, 7), (64, 128, 256, 512), strict=True)
+  blocks = [(s, s, planes) for n, s, planes in sizes for _ in range(n)]
+  names = {f'block{i}': shape for i, shape in enumerate(blocks)}
+  return {'encode': (112, 112, 64)} | names | {'classifier': (1000,)}
+
+
+@pytest.mark.parametrize(
+  'net, shape, layers',
+  [
+    (models.ResNet19(), (32, 32, 3), RESNET19),
+    (models.VGGSNN(), (48, 48, 2), VGG),
+    (models.SEWResNet18(), (224, 224, 3), sew(2, 2, 2, 2)),
+    (models.SEWResNet34(), (224, 224, 3), sew(3, 4, 6, 3)),
+  ],
+)
+def test_output_shapes_layer_by_layer(net, shape, layers):
+  _, variables = jax.eval_shape(
+    functools.partial(
+      net.init_with_output, capture_intermediates=True, mutable=True
+    ),
+    jax.random.key(0),
+    jnp.zeros((2, *shape)),
+  )
+  outputs = variables['intermediates']
+  for name, expected in layers.items():
+    (output,) = outputs[name]['__call__']
+    assert output.shape == (net.num_steps, 2, *expected), name
+  assert outputs.keys() - {'__call__'} == layers.keys()
+
+
+# Narrowed copies.
+
+
+@narrow
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_gradients_are_finite_and_reach_everything(make, shape, dtype):
+  net, x = make(dtype=dtype), images(shape)
+  variables = init(net, x)
+  logits, updates, gradients = train_step(net, variables, x)
+  assert logits.dtype == dtype
+  assert logits.shape == (net.num_steps, 4, net.num_classes)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+    name = jax.tree_util.keystr(path)
+    assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all(), name
+    assert leaf.any(), name
+  for leaf in jax.tree.leaves(updates):
+    assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
+
+
+@narrow
+@jax.enable_x64(True)
+def test_an_image_is_encoded_once(make, shape):
+  """With the result of frames that repeat it, running variance included."""
+  net = make(dtype=np.float64, param_dtype=np.float64)
+  x = images(shape, np.float64)
+  frames = jnp.stack([x] * net.num_steps)
+  variables = init(net, x)
+  once, repeated = (train_step(net, variables, a) for a in (x, frames))
+
+  def close(a, b):
+    scale = max(np.max(np.abs(b)), 1e-3)
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * scale)
+
+  jax.tree.map(close, once, repeated)
+  for _ in range(20):
+    variables |= train_step(net, variables, x)[1]
+  apply = jax.jit(net.apply)
+  assert apply(variables, x).any()
+  close(apply(variables, x), apply(variables, frames))
+
+
+@jax.enable_x64(True)
+def test_remat_changes_nothing():
+  make, shape = NARROW['vgg']
+  x = images(shape, np.float64)
+  kept, again = (
+    make(dtype=np.float64, param_dtype=np.float64, remat=remat)
+    for remat in (False, True)
+  )
+  variables = init(kept, x)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-13),
+    train_step(again, variables, x),
+    train_step(kept, variables, x),
+  )
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method(method):
+  make, shape = NARROW['vgg']
+  net, x = make(method=method, v_th=0.5), images(shape)
+  variables = init(net, x)
+  layer = variables['params']['conv0']
+  scale = 1 if method == 'mpd_agl' else 0.5
+  np.testing.assert_array_equal(layer['norm']['scale'], scale)
+  learns = method == 'learnable_threshold'
+  assert layer['neuron'].keys() == ({'w', 'v_th'} if learns else {'w'})
+  kept = variables['batch_stats']['conv0'].get('neuron', {})
+  assert len(kept) == (method in ('at', 'tgo', 'ds_atgo'))
+  logits, _, gradients = train_step(net, variables, x)
+  assert logits.any()
+  for leaf in jax.tree.leaves(gradients):
+    assert leaf.any() and np.isfinite(leaf).all()
+
+
+@narrow
+@pytest.mark.parametrize(
+  'change',
+  [lambda s: s[1:], lambda s: (1, 1, *s), lambda s: (9, *s), lambda s: s[:1]],
+)
+def test_wrong_input_shapes(make, shape, change):
+  net, wrong = make(), change(shape)
+  message = (
+    rf'\[B, H, W, C\] or frames .*T = {net.num_steps} .num_steps., got '
+    rf'x.shape=\({", ".join(map(str, wrong))},?\)'
+  )
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(wrong))
+
+
+def test_bad_settings():
+  x = images((2, 8, 8, 1))
+  for settings, message in (
+    ({'v_th': 0.0}, 'v_th > 0, got v_th=0.0'),
+    ({'alpha': -1.0}, 'alpha > 0, got alpha=-1.0'),
+    ({'method': 'snn'}, "got method='snn'"),
+    ({'num_steps': 0}, 'num_steps > 0, got num_steps=0'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(models.ConvNet(**settings).init, jax.random.key(0), x)
