@@ -391,9 +391,10 @@ def check_positive(**values):
       raise ValueError(f'Expected {name} > 0, got {name}={value}.')
 
 
-def _unroll(num_steps):
-  # Unrolled, XLA fuses across timesteps; a long loop must still compile soon.
-  return num_steps if num_steps <= 16 else 8
+def _unroll(num_steps, most):
+  """How far a scan is unrolled: wholly if it is short, else not at all."""
+  # Whole, XLA fuses across timesteps; in parts is slower than either.
+  return num_steps if num_steps <= most else 1
 
 
 def _plain(dynamics, x, v, t, parameters, running):
@@ -426,7 +427,11 @@ def _forward(dynamics, x, v, t, parameters, running):
 
   timesteps = t + jnp.arange(x.shape[0], dtype=jnp.int32)
   v, (spikes, u, record) = lax.scan(
-    body, v, (timesteps, x, running), unroll=_unroll(x.shape[0])
+    body,
+    v,
+    (timesteps, x, running),
+    # In inference nothing is kept, and XLA computes u[t] anew from x[:t].
+    unroll=_unroll(x.shape[0], 16 if running is None else 8),
   )
   return (spikes, v, record), u
 
@@ -513,7 +518,7 @@ def _fused_backward(dynamics, residuals, cotangents):
     jax.tree.map(jnp.zeros_like, (g_v, parameters, decay)),
     (indices, t + indices, u, g_spikes, running, measured),
     reverse=True,
-    unroll=_unroll(num_steps),
+    unroll=_unroll(num_steps, 16),
   )
   if not dynamics.at_rest:
     g_decay += jnp.sum(g_u * v_0)
