@@ -23,9 +23,13 @@ def fixed(signal, parameters, t):
 
 
 def threshold_driven(signal, parameters, t):
-  """TGO [eq 7]: `kappa_0 * (1 + tanh(signal - v_th))`."""
+  """TGO [eq 7]: `kappa_0 * (1 + tanh(signal - v_th))`, which stays positive.
+
+  Far below `v_th` the sum would round to zero; it is at least one `eps`.
+  """
   del t
-  return parameters.width * (1 + jnp.tanh(signal - parameters.v_th))
+  factor = 1 + jnp.tanh(signal - parameters.v_th)
+  return parameters.width * jnp.maximum(factor, jnp.finfo(factor.dtype).eps)
 
 
 def mpd_agl(signal, parameters, t):
