@@ -22,7 +22,11 @@ def is_measured(rule) -> bool:
 
 
 def adaptive(statistics, parameters, t):
-  """True distribution: `f_c * (mean + std)` [eq 5, second line]."""
+  """True distribution: `f_c * (mean + std)` [eq 5, second line].
+
+  Of a constant membrane, zero input's too, it is `f_c` times that constant: all
+  of its neurons fire with `f_c = 1`.
+  """
   del t
   return parameters.f_c * (statistics.mean + statistics.std)
 

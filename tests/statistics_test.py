@@ -173,6 +173,17 @@ def test_a_constant_membrane_fires_everywhere(value, method):
   np.testing.assert_array_equal(record.statistics.std, 0)
 
 
+@pytest.mark.parametrize('value', [0.0, 0.1, -3.0])
+@pytest.mark.parametrize('f_c', [0.9, 1.1])
+def test_a_constant_membrane_with_another_f_c(value, f_c):
+  """All fire or none: theta is `f_c` times the constant."""
+  spikes, _, record = neurons.run(
+    jnp.full((1, 4, 5), value), neurons.Parameters(f_c=f_c)
+  )
+  assert record.theta[0] == pytest.approx(f_c * value)
+  np.testing.assert_array_equal(spikes, value >= np.float32(f_c * value))
+
+
 def test_zero_input_against_a_fixed_threshold_stays_silent():
   spikes, state, record = neurons.run(jnp.zeros((3, 4, 5)), method='tgo')
   assert not spikes.any() and not state.v.any()
