@@ -234,6 +234,7 @@ def test_bad_settings():
     ({'v_th': 0.0}, 'v_th > 0, got v_th=0.0'),
     ({'alpha': -1.0}, 'alpha > 0, got alpha=-1.0'),
     ({'method': 'snn'}, "got method='snn'"),
+    ({'stages': [(4,)] * 4}, r'16 x 16 pixels.* got .*\(2, 8, 8, 1\)'),
     ({'num_steps': 0}, 'num_steps > 0, got num_steps=0'),
   ):
     with pytest.raises(ValueError, match=message):

@@ -35,6 +35,12 @@ class VGGSNN(Network):
     """
     parts = self.parts(train)
     num_steps = self.static_steps(x)
+    smallest = 2 ** len(self.stages)
+    if min(x.shape[-3:-1]) < smallest:
+      raise ValueError(
+        f'Expected at least {smallest} x {smallest} pixels for '
+        f'{len(self.stages)} stages, got {x.shape=}.'
+      )
     index = 0
     for stage in self.stages:
       for planes in stage:
