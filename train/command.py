@@ -3,7 +3,11 @@
 import sys
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
+CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The settings of a run, as configs/digits.py.'
+)
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run: checkpoints, metrics, report.'
 )

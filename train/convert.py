@@ -29,7 +29,6 @@ from ml_collections import ConfigDict
 from dsatgo_jax import convert
 from dsatgo_jax.models import ResNet19
 from train import checkpoints, command, data, loop
-from train.main import CONFIG
 
 FROM_TORCH = flags.DEFINE_string(
   'from_torch', None, 'The state dict that becomes a checkpoint in --workdir.'
@@ -147,10 +146,10 @@ def main():
     to_torch(TO_TORCH.value, workdir)
     print(f'{TO_TORCH.value}: the latest checkpoint of {workdir}')
     return
-  if CONFIG.value is None:
+  if command.CONFIG.value is None:
     raise ValueError('expected --config, for the data and the method')
   try:
-    config = ConfigDict(CONFIG.value.to_dict())
+    config = ConfigDict(command.CONFIG.value.to_dict())
   except OSError as error:  # It is read when it is first looked at.
     raise ValueError(error) from error
   from_torch(FROM_TORCH.value, config, workdir)

@@ -11,13 +11,9 @@ import collections
 import time
 
 from absl import flags
-from ml_collections import config_flags
 
 from train import command
 
-CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The settings of the run, as configs/digits.py.'
-)
 COORDINATOR = flags.DEFINE_string(
   'coordinator',
   None,
@@ -54,7 +50,7 @@ def main():
   join()
   command.keep_compiled()
   seconds['import'] = time.perf_counter() - start
-  result = loop.train(CONFIG.value, command.WORKDIR.value, seconds)
+  result = loop.train(command.CONFIG.value, command.WORKDIR.value, seconds)
   if result:
     with metrics.timed(seconds, 'report'):
       page = report.write(command.WORKDIR.value)

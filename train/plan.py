@@ -20,14 +20,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
 from jax.extend.core import jaxprs_in_params
-from ml_collections import config_flags
 
 from train import command, data, loop
 from train.datasets import sources
 
-CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The settings of the run, as configs/digits.py.'
-)
 DEVICES = flags.DEFINE_integer(
   'devices', 4, 'How many devices train together.', lower_bound=1
 )
@@ -289,7 +285,7 @@ def main():
   """Prints the plan, for people or as JSON."""
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', DEVICES.value)
-  found = plan(CONFIG.value, MEMORY.value, COMPILE.value)
+  found = plan(command.CONFIG.value, MEMORY.value, COMPILE.value)
   if command.JSON.value:
     print(json.dumps(found))
   else:

@@ -10,14 +10,10 @@ import copy
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from train import command, data, loop
 from train.datasets import digits_dvs
 
-CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The settings of the runs, as configs/digits.py.'
-)
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2', '3', '4'], 'The seeds.')
 
 
@@ -27,7 +23,7 @@ def main():
   command.keep_compiled()
   accuracies = []
   for seed in map(int, SEEDS.value):
-    config = copy.deepcopy(CONFIG.value)
+    config = copy.deepcopy(command.CONFIG.value)
     config.seed = seed
     result = loop.train(config, f'{workdir}/seed_{seed}')
     accuracies.append(result['accuracy'])
@@ -36,7 +32,7 @@ def main():
     f'mean of {len(accuracies)} seeds: {np.mean(accuracies):.2%}, standard '
     f'deviation {np.std(accuracies, ddof=len(accuracies) > 1):.2%}'
   )
-  dataset = data.load(CONFIG.value)
+  dataset = data.load(command.CONFIG.value)
   if len(dataset.example_shape) == 4:
     train, test = dataset.train, dataset.test
     accuracy = digits_dvs.linear_accuracy(
