@@ -31,8 +31,8 @@ def measure(u: jax.Array, axis_name=None) -> Statistics:
   with a deviation of 1 comes out right in float32, and a constant membrane has
   exactly itself as mean and exactly 0 as deviation. Devices exchange their
   centred moments in one all-reduce. A membrane with an infinite or undefined
-  entry has undefined (NaN) statistics: at that timestep no neuron of the layer
-  reaches the threshold.
+  entry has an undefined (NaN) deviation, and so threshold: at that timestep no
+  neuron of the layer reaches it.
 
   Args:
     u: membrane potentials before the reset, [B, ...], floating point.
@@ -74,14 +74,15 @@ def _near_mean(u):
 
 def _sums(x):
   """The sums of x and of its squares."""
-  # Both in one pass. XLA makes vectors of a reduction over an inner axis, and
-  # over one that is not the batch it leaves a sharded batch where it is.
-  axes = (1,) if x.ndim > 2 else (0,)
+  if x.ndim < 3 or x.shape[1] > 1024:
+    return jnp.sum(x), jnp.sum(x * x)
+  # Both in one pass. XLA makes vectors of a reduction over a short inner axis,
+  # and over one that is not the batch it leaves a sharded batch where it is.
   sums = lax.reduce(
     (x, x * x),
     (jnp.zeros_like(x, shape=()),) * 2,
     lambda a, b: (a[0] + b[0], a[1] + b[1]),
-    axes,
+    (1,),
   )
   return jnp.sum(sums[0]), jnp.sum(sums[1])
 
