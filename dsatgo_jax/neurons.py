@@ -214,8 +214,7 @@ def run(
   x = jnp.asarray(x)
   if x.ndim < 2 or not len(x) or not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(
-      'Expected floating-point x [T, B, ...] with T >= 1, got '
-      f'{x.dtype}{list(x.shape)}.'
+      f'Expected floating-point x [T, B, ...], got {x.dtype}{list(x.shape)}.'
     )
   if reset not in ('hard', 'soft'):
     raise ValueError(f"Expected reset to be 'hard' or 'soft', got {reset=}.")

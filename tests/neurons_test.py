@@ -438,6 +438,7 @@ def test_no_retracing_for_other_numbers():
   'arguments, message',
   [
     ({'x': jnp.ones(3)}, r'x \[T, B, ...\], got float32\[3\]'),
+    ({'x': jnp.ones((0, 3))}, r'x \[T, B, ...\], got float32\[0, 3\]'),
     ({'x': jnp.ones((2, 3, 4), int)}, r'floating-point.*int32\[2, 3, 4\]'),
     ({'reset': 'none'}, "'hard' or 'soft', got reset='none'"),
     ({'method': 'dsatgo'}, "method='dsatgo'"),
