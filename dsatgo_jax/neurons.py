@@ -532,7 +532,8 @@ _fused.defvjp(_fused_forward, _fused_backward)
 def _rematerialized(dynamics, x, v, t, parameters, running):
   """`_fused` in chunks, computed again for the backward pass.
 
-  The chunks are as long as the greatest divisor of T up to its root; of each the membrane at its start and the statistics are kept.
+  The chunks are as long as the greatest divisor of T up to its root; of each
+  the membrane at its start and the statistics are kept.
   """
   num_steps = x.shape[0]
   size = math.isqrt(num_steps)
