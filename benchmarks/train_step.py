@@ -32,10 +32,10 @@ class Relu(nn.Module):
   """Stands where a neuron stands."""
 
   @nn.compact
-  def __call__(self, x, tdbn_scale):
+  def __call__(self, x, norm, tdbn_scale):
     """Takes what a neuron takes."""
     del tdbn_scale
-    return jax.nn.relu(x)
+    return jax.nn.relu(norm(x))
 
 
 def relu_twin(network):

@@ -31,7 +31,7 @@ def get_config():
 
   # Network.
   config.model = 'ResNet19'  # A class of dsatgo_jax.models.
-  config.model_args = ConfigDict({'remat': False})  # True saves memory.
+  config.model_args = ConfigDict()  # Further attributes of the model.
   config.num_steps = 2  # T, published.
   config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
   config.neuron = ConfigDict(

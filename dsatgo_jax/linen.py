@@ -71,7 +71,6 @@ class TdBatchNorm(nn.Module):
   dtype: Any = None
   param_dtype: Any = jnp.float32
 
-  @nn.compact
   def __call__(self, x, use_running_average: bool | None = None):
     """Normalises x.
 
@@ -81,6 +80,22 @@ class TdBatchNorm(nn.Module):
 
     Returns:
       The normalised x, of its shape.
+    """
+    y = self.affine(x, use_running_average)(x)
+    return y.astype(self.dtype or jnp.result_type(x, self.param_dtype))
+
+  @nn.compact
+  def affine(self, x, use_running_average: bool | None = None) -> tdbn.Affine:
+    """Measures x, and leaves it to `SpikingNeuron(...)(x, norm=...)`.
+
+    The neuron then keeps x alone for its backward pass, not the normalised x.
+
+    Args:
+      x: [T, B, ..., C], or [B, ..., C] with `repeats=T`.
+      use_running_average: in the place of the attribute; not both.
+
+    Returns:
+      The `tdbn.Affine` that normalises x.
     """
     neurons.check_positive(alpha=self.alpha, v_th=self.v_th)
     use_running_average = nn.merge_param(
@@ -106,8 +121,7 @@ class TdBatchNorm(nn.Module):
           r.value = statistics.running_average(r.value, new, self.momentum)
     if self.factored:
       scale = factor * scale
-    y = tdbn.normalize(x, mean, variance, scale, bias, self.epsilon)
-    return y.astype(self.dtype or jnp.result_type(x, scale))
+    return tdbn.affine(mean, variance, scale, bias, self.epsilon)
 
 
 class SpikingNeuron(nn.Module):
@@ -132,7 +146,6 @@ class SpikingNeuron(nn.Module):
     detach_reset: whether the reset passes no gradient to the spike.
     momentum: the share of the running threshold that is kept [eq 6].
     axis_name: mapped axis over which the statistics are pooled.
-    remat: whether the backward pass computes the membrane again.
     dtype: of the spikes; None for x's.
     param_dtype: of `w`, `v_th` and the running values (at least float32).
   """
@@ -152,7 +165,6 @@ class SpikingNeuron(nn.Module):
   detach_reset: bool = False
   momentum: float = 0.9
   axis_name: Any = None
-  remat: bool = False
   dtype: Any = None
   param_dtype: Any = jnp.float32
 
@@ -164,6 +176,7 @@ class SpikingNeuron(nn.Module):
     state: NeuronState | None = None,
     return_state: bool = False,
     tdbn_scale=None,
+    norm: tdbn.Affine | None = None,
   ):
     """Runs the neurons over x.
 
@@ -174,6 +187,7 @@ class SpikingNeuron(nn.Module):
         then a part of a longer recording, and begins at its timestep `state.t`.
       return_state: whether the state after x is returned too.
       tdbn_scale: the scale of the tdBN that feeds the neuron, [C]; `mpd_agl`.
+      norm: `TdBatchNorm.affine(x)`, if x is not yet normalised.
 
     Returns:
       Spikes [T, B, ...], or (spikes, state).
@@ -183,11 +197,21 @@ class SpikingNeuron(nn.Module):
         is not that of the running thresholds.
     """
     shape = (self.num_steps or jnp.shape(x)[0],)
-    spikes, state = self._run(x, use_running_average, state, tdbn_scale, shape)
+    spikes, state = self._run(
+      x, use_running_average, state, shape, tdbn_scale, norm
+    )
     return (spikes, state) if return_state else spikes
 
   @nn.compact
-  def _run(self, x, use_running_average, state, tdbn_scale, running_shape):
+  def _run(
+    self,
+    x,
+    use_running_average,
+    state,
+    running_shape,
+    tdbn_scale=None,
+    norm=None,
+  ):
     """The layer over x, with running averages of the given shape."""
     use_running_average = nn.merge_param(
       'use_running_average', self.use_running_average, use_running_average
@@ -212,7 +236,7 @@ class SpikingNeuron(nn.Module):
     active = not self.is_initializing()
     spikes, state, record, running = neurons.layer(
       x,
-      neurons.Parameters(decay, v_th, self.f_c, self.width, tdbn_scale),
+      neurons.Parameters(decay, v_th, self.f_c, self.width, tdbn_scale, norm),
       method,
       neurons.Running(**{name: a.value for name, a in averages.items()}),
       state=state,
@@ -222,7 +246,6 @@ class SpikingNeuron(nn.Module):
       reset=self.reset,
       detach_reset=self.detach_reset,
       axis_name=self.axis_name if active else None,
-      remat=self.remat,
       dtype=self.dtype,
       record=active and self.is_mutable_collection('spiking'),
     )
@@ -257,7 +280,7 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
     Returns:
       (state, spikes [B, ...]).
     """
-    spikes, carry = self._run(x[None], use_running_average, carry, None, ())
+    spikes, carry = self._run(x[None], use_running_average, carry, ())
     return carry, spikes[0]
 
   @nn.nowrap

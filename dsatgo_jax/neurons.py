@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dsatgo_jax import methods, statistics, surrogate
+from dsatgo_jax import methods, statistics, surrogate, tdbn
 from dsatgo_jax.threshold import is_measured
 
 
@@ -46,6 +46,7 @@ class Parameters(NamedTuple):
     f_c: the firing-rate factor.
     width: the surrogate's base width, `kappa_0`.
     tdbn_scale: the scale of the tdBN that feeds the neuron, [C]; `mpd_agl`.
+    norm: a `tdbn.Affine` that x is yet to go through; None for none.
   """
 
   decay: Any = 0.2
@@ -53,6 +54,7 @@ class Parameters(NamedTuple):
   f_c: Any = 1.0
   width: Any = 1.0
   tdbn_scale: Any = None
+  norm: tdbn.Affine | None = None
 
 
 class Running(NamedTuple):
@@ -176,7 +178,6 @@ def run(
   axis_name=None,
   dtype=None,
   record: bool = False,
-  remat: bool = False,
   fused: bool = True,
 ) -> tuple[jax.Array, NeuronState, Record]:
   """All timesteps of a sequence.
@@ -194,13 +195,10 @@ def run(
     axis_name: mapped axis over which the statistics are pooled.
     dtype: of the spikes; None for x's.
     record: whether to compute all fields of the `Record`.
-    remat: whether the backward pass computes the membrane again, keeping it
-      at about sqrt(T) timesteps only where T divides so; the statistics are
-      kept, not measured again.
-    fused: True runs a backward pass that keeps one array per timestep, the
-      membrane before the reset, and computes the rest from it again; False
-      leaves the scan to autodiff. The derivatives are the same, at any order
-      of reverse mode.
+    fused: True runs a backward pass that keeps x and the statistics alone and
+      computes the rest from them again, a long sequence in chunks of about
+      sqrt(T) timesteps; False leaves the scan to autodiff. The derivatives are
+      the same, at any order of reverse mode.
 
   Returns:
     Spikes [T, B, ...], the state after the last timestep, and the `Record`,
@@ -242,7 +240,7 @@ def run(
   parameters = jax.tree.map(
     lambda p: jnp.asarray(p, membrane_dtype), parameters
   )
-  scan = _rematerialized if remat else _fused if fused else _plain
+  scan = _chunked if fused else _plain
   spikes, v, happened = scan(dynamics, x, v, state.t, parameters, running)
   state = NeuronState(v, state.t + x.shape[0])
   return spikes, state, lax.stop_gradient(happened)
@@ -391,24 +389,13 @@ def check_positive(**values):
       raise ValueError(f'Expected {name} > 0, got {name}={value}.')
 
 
-def _unroll(num_steps, most):
-  """How far a scan is unrolled: wholly if it is short, else not at all."""
-  # Whole, XLA fuses across timesteps; in parts is slower than either.
-  return num_steps if num_steps <= most else 1
-
-
 def _plain(dynamics, x, v, t, parameters, running):
   """The scan; differentiated by JAX."""
-  return _forward(dynamics, x, v, t, parameters, running)[0]
-
-
-def _forward(dynamics, x, v, t, parameters, running):
-  """The scan, and the membrane before each reset, [T, B, ...]."""
   method = dynamics.method
 
   def body(v, inputs):
     t, x, running = inputs
-    u = parameters.decay * v + x.astype(v.dtype)
+    u = parameters.decay * v + x
     measured = None
     if dynamics.record or (
       running is None
@@ -423,17 +410,37 @@ def _forward(dynamics, x, v, t, parameters, running):
       shares = [
         _share(a, dynamics.axis_name, u.dtype) for a in (spikes != 0, inside)
       ]
-    return v, (spikes, u, Record(theta, signal, width, measured, *shares))
+    return v, (spikes, Record(theta, signal, width, measured, *shares))
 
-  timesteps = t + jnp.arange(x.shape[0], dtype=jnp.int32)
-  v, (spikes, u, record) = lax.scan(
-    body,
-    v,
-    (timesteps, x, running),
-    # In inference nothing is kept, and XLA computes u[t] anew from x[:t].
-    unroll=_unroll(x.shape[0], 16 if running is None else 8),
-  )
-  return (spikes, v, record), u
+  scan = _unrolled if len(x) <= 16 else lax.scan
+  inputs = (_timesteps(t, x), _presynaptic(x, parameters), running)
+  v, (spikes, record) = scan(body, v, inputs)
+  return spikes, v, record
+
+
+def _presynaptic(x, parameters):
+  """What is added to the membrane: x, in the membrane's dtype, normalised."""
+  x = x.astype(parameters.decay.dtype)
+  return x if parameters.norm is None else parameters.norm(x)
+
+
+def _unrolled(body, carry, xs, reverse=False):
+  """`lax.scan`, unrolled; in two halves from 10 timesteps on.
+
+  XLA for CPU concatenates up to 8 results without a copy of them.
+  """
+  scan = functools.partial(lax.scan, reverse=reverse, unroll=True)
+  num_steps = len(jax.tree.leaves(xs)[0])
+  if num_steps <= 8 or num_steps % 2:
+    return scan(body, carry, xs)
+  halves = jax.tree.map(lambda a: a.reshape(2, -1, *a.shape[1:]), xs)
+  carry, ys = scan(functools.partial(scan, body), carry, halves)
+  return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), ys)
+
+
+def _timesteps(t, x):
+  """The indices of x's timesteps."""
+  return t + np.arange(len(x), dtype=np.int32)
 
 
 def _levels(method, measured, running, parameters, t):
@@ -469,37 +476,80 @@ def _share(mask, axis_name, dtype):
   return share if axis_name is None else lax.pmean(share, axis_name)
 
 
+def _chunked(dynamics, x, v, t, parameters, running):
+  """`_fused` in chunks of at most 8 timesteps, or the root of T."""
+  num_steps = len(x)
+  if num_steps <= 16:
+    return _fused(dynamics, x, v, t, parameters, running)
+  num_chunks = -(-num_steps // max(8, math.isqrt(num_steps)))
+  size = -(-num_steps // num_chunks)
+  end = num_steps - num_steps % size
+  dynamics = dynamics._replace(at_rest=False)
+
+  def chunk(carry, inputs):
+    v, t = carry
+    x, running = inputs
+    spikes, v, record = _fused(dynamics, x, v, t, parameters, running)
+    return (v, t + len(x)), (spikes, record)
+
+  carry, outputs = lax.scan(
+    chunk,
+    (v, t),
+    jax.tree.map(
+      lambda a: a[:end].reshape(-1, size, *a.shape[1:]), (x, running)
+    ),
+  )
+  outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+  if end < num_steps:
+    rest = jax.tree.map(lambda a: a[end:], (x, running))
+    carry, last = chunk(carry, rest)
+    outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
+  return outputs[0], carry[0], outputs[1]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(dynamics, x, v, t, parameters, running):
-  """The scan, with a backward pass that keeps `u` alone."""
+  """The scan, with a backward pass that keeps x and the statistics alone."""
   return _plain(dynamics, x, v, t, parameters, running)
 
 
 def _fused_forward(dynamics, x, v, t, parameters, running):
-  outputs, u = _forward(dynamics, x, v, t, parameters, running)
-  # Of x only the dtype is needed; an empty array keeps it.
+  outputs = _plain(dynamics, x, v, t, parameters, running)
   measured = outputs[2].statistics
-  return outputs, (x[:0], u, v, t, parameters, running, measured)
+  return outputs, (x, v, t, parameters, running, measured)
 
 
 def _fused_backward(dynamics, residuals, cotangents):
-  x, u, v_0, t, parameters, running, measured = residuals
+  x, v_0, t, parameters, running, measured = residuals
   g_spikes, g_v, _ = cotangents
-  num_steps = u.shape[0]
-  parameters, pool = jax.vjp(functools.partial(_vary_like, u), parameters)
+  num_steps = len(x)
+  parameters, pool = jax.vjp(functools.partial(_vary_like, x), parameters)
   decay = parameters.decay
+  inputs, pull_x = jax.vjp(
+    _presynaptic, _late(x, g_spikes[-1] + g_v, measured), parameters
+  )
+
+  def fire(t, u, running, measured, parameters):
+    theta, _, width = _levels(dynamics.method, measured, running, parameters, t)
+    return _fire(dynamics, u, theta, width)
+
+  def forth(v, inputs):
+    """One timestep of the membrane."""
+    t, x, running, measured = inputs
+    u = decay * v + x
+    return fire(t, u, running, measured, parameters)[1], u
+
+  known = (_timesteps(t, x), running, measured)
+  _, u = _unrolled(forth, v_0, (known[0], inputs, *known[1:]))
 
   def back(inputs, g_v):
     """One timestep: v, and the cotangents of u and of the parameters."""
     t, u, g_spikes, running, measured = inputs
-
-    def fire(u, parameters):
-      theta, _, width = _levels(
-        dynamics.method, measured, running, parameters, t
-      )
-      return _fire(dynamics, u, theta, width)
-
-    (_, v), pull = jax.vjp(fire, u, parameters)
+    (_, v), pull = jax.vjp(
+      lambda u, parameters: fire(t, u, running, measured, parameters),
+      u,
+      parameters,
+    )
     return v, *pull((g_spikes, g_v))
 
   def body(carry, inputs):
@@ -511,49 +561,36 @@ def _fused_backward(dynamics, residuals, cotangents):
     g_decay += jnp.where(is_last, 0, jnp.sum(g_u * v))
     return (g_u_here, g_parameters, g_decay), g_u_here
 
-  # Constants, which XLA folds where the scan is unrolled.
-  indices = np.arange(num_steps, dtype=np.int32)
-  (g_u, g_parameters, g_decay), g_x = lax.scan(
+  (g_u, g_parameters, g_decay), g_inputs = _unrolled(
     body,
     jax.tree.map(jnp.zeros_like, (g_v, parameters, decay)),
-    (indices, t + indices, u, g_spikes, running, measured),
+    # Constants, which XLA folds.
+    (np.arange(num_steps), known[0], u, g_spikes, *known[1:]),
     reverse=True,
-    unroll=_unroll(num_steps, 16),
   )
   if not dynamics.at_rest:
     g_decay += jnp.sum(g_u * v_0)
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
-  return g_x.astype(x.dtype), decay * g_u, None, *pool(g_parameters), None
+  g_x, g_norm = pull_x(g_inputs)
+  g_parameters = jax.tree.map(jnp.add, g_parameters, g_norm)
+  return g_x, decay * g_u, None, *pool(g_parameters), None
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _rematerialized(dynamics, x, v, t, parameters, running):
-  """`_fused` in chunks, computed again for the backward pass.
+def _late(x, g, measured):
+  """x, but to the compiler something else in the backward pass.
 
-  The chunks are as long as the greatest divisor of T up to its root; of each
-  the membrane at its start and the statistics are kept.
+  What is made of it can then be computed only when the cotangent g [B, ...]
+  and the last statistics are known. Else XLA would take it from the forward
+  pass and keep it until then; its CPU compiler does so across the barriers of
+  `jax.checkpoint`, too.
   """
-  num_steps = x.shape[0]
-  size = math.isqrt(num_steps)
-  while num_steps % size:
-    size -= 1
-
-  def chunk(carry, inputs):
-    v, t = carry
-    x, running = inputs
-    spikes, v, record = _fused(dynamics, x, v, t, parameters, running)
-    return (v, t + size), (spikes, record)
-
-  dynamics = dynamics._replace(at_rest=False)
-  (v, _), outputs = lax.scan(
-    jax.checkpoint(chunk, policy=statistics.keep),
-    (v, t),
-    jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (x, running)),
-  )
-  spikes, record = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
-  return spikes, v, record
+  never = jnp.inf if measured is None else jnp.inf * measured.std[-1]
+  # One value per example leaves a sharded batch where it is.
+  first = g.reshape(len(g), -1)[:, 0]
+  return jnp.where(first.reshape(-1, *[1] * (g.ndim - 1)) > never, 1, x)
 
 
 def _vary_like(x, tree):

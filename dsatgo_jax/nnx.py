@@ -93,6 +93,11 @@ class TdBatchNorm(nnx.Module):
 
   def __call__(self, x, use_running_average: bool | None = None):
     """Normalises x [T, B, ..., C], or [B, ..., C] with `repeats=T`."""
+    y = self.affine(x, use_running_average)(x)
+    return y.astype(self.dtype or jnp.result_type(x, self.scale[...]))
+
+  def affine(self, x, use_running_average: bool | None = None) -> tdbn.Affine:
+    """Measures x, and leaves it to `SpikingNeuron(...)(x, norm=...)`."""
     if use_running_average is None:
       use_running_average = self.use_running_average
     scale = self.scale[...]
@@ -105,11 +110,9 @@ class TdBatchNorm(nnx.Module):
         running[...] = statistics.running_average(
           running[...], new, self.momentum
         )
-    dtype = self.dtype or jnp.result_type(x, scale)
     if self.factored:
       scale = self.factor * scale
-    y = tdbn.normalize(x, mean, variance, scale, self.bias[...], self.epsilon)
-    return y.astype(dtype)
+    return tdbn.affine(mean, variance, scale, self.bias[...], self.epsilon)
 
   def set_view(self, use_running_average: bool | None = None):
     """For `nnx.view`.
@@ -142,7 +145,6 @@ class SpikingNeuron(nnx.Module):
     detach_reset: bool = False,
     momentum: float = 0.9,
     axis_name: Any = None,
-    remat: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs | None = None,
@@ -166,7 +168,6 @@ class SpikingNeuron(nnx.Module):
       detach_reset: whether the reset passes no gradient to the spike.
       momentum: the share of the running threshold that is kept [eq 6].
       axis_name: mapped axis over which the statistics are pooled.
-      remat: whether the backward pass computes the membrane again.
       dtype: of the spikes; None for x's.
       param_dtype: of `w`, `v_th` and the running values (at least float32).
       rngs: not needed.
@@ -184,7 +185,6 @@ class SpikingNeuron(nnx.Module):
     self.reset, self.detach_reset = reset, detach_reset
     self.momentum = momentum
     self.axis_name = axis_name
-    self.remat = remat
     self.dtype = dtype
     neurons.check_positive(num_steps=num_steps, v_th=v_th, f_c=f_c, width=width)
     neurons.check_shares(decay, learn_decay, momentum)
@@ -207,6 +207,7 @@ class SpikingNeuron(nnx.Module):
     state: NeuronState | None = None,
     return_state: bool = False,
     tdbn_scale=None,
+    norm: tdbn.Affine | None = None,
   ):
     """Runs the neurons over x; arguments and errors as Linen's.
 
@@ -216,6 +217,7 @@ class SpikingNeuron(nnx.Module):
       state: the `NeuronState` to go on from; None for neurons at rest.
       return_state: whether the state after x is returned too.
       tdbn_scale: the scale of the tdBN that feeds the neuron, [C]; `mpd_agl`.
+      norm: `TdBatchNorm.affine(x)`, if x is not yet normalised.
 
     Returns:
       Spikes [T, B, ...], or (spikes, state).
@@ -237,6 +239,7 @@ class SpikingNeuron(nnx.Module):
         self.f_c,
         self.width,
         tdbn_scale,
+        norm,
       ),
       self.method,
       neurons.Running(**{name: a[...] for name, a in averages.items()}),
@@ -247,7 +250,6 @@ class SpikingNeuron(nnx.Module):
       reset=self.reset,
       detach_reset=self.detach_reset,
       axis_name=self.axis_name,
-      remat=self.remat,
       dtype=self.dtype,
       record=captured,
     )

@@ -4,17 +4,12 @@ One scalar each per layer and timestep, over all axes of the batch, pooled over
 devices by `axis_name`; no gradient flows through either.
 """
 
-import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-
-# A policy of `jax.checkpoint`: statistics are kept, the rest computed again.
-keep = jax.checkpoint_policies.save_only_these_names('statistics')
-named = functools.partial(checkpoint_name, name='statistics')
 
 
 class Statistics(NamedTuple):
@@ -52,39 +47,54 @@ def measure(u: jax.Array, axis_name=None) -> Statistics:
       'The deviation of the membrane needs at least two neurons in all (batch '
       f'and devices included), got {u.shape=} on {num_devices} device(s).'
     )
-  shift = _near_mean(u)
-  total, squares = _sums(u - shift)
-  mean = shift + total / u.size
-  squares -= total * total / u.size
+  mean, squares = moments(u)
   if axis_name is not None:
     means, squares = gather(jnp.stack([mean, squares]), axis_name).T
     mean = means[0] + jnp.mean(means - means[0])
     squares = jnp.sum(squares) + u.size * jnp.sum((means - mean) ** 2)
   variance = jnp.maximum(squares, 0) / (count - 1)
-  return named(Statistics(mean, jnp.sqrt(variance)))
+  return Statistics(mean, jnp.sqrt(variance))
 
 
-def _near_mean(u):
-  """A value near u's mean, from a sample; exact where u is constant."""
+def moments(x: jax.Array, per: int = 0) -> tuple[jax.Array, jax.Array]:
+  """Mean, and sum of the squared deviations from it, in one pass.
+
+  Args:
+    x: floating point.
+    per: how many of the last axes are kept apart: 1 for a mean per channel.
+
+  Returns:
+    Two arrays of x's last `per` axes.
+  """
+  count = x.size // math.prod(x.shape[x.ndim - per :])
+  shift = _near_mean(x, per)
+  total, squares = _sums(x - shift, per)
+  return shift + total / count, squares - total * total / count
+
+
+def _near_mean(x, per):
+  """A value near x's mean, from a sample; exact where x is constant."""
   # Of one example only, so that a sharded batch need not be gathered.
-  sample = u[0].ravel()
-  sample = sample[:: max(1, sample.size // 64)]
-  return sample[0] + jnp.mean(sample - sample[0])
+  sample = x[(0,) * max(1, x.ndim - 3)]
+  sample = sample.reshape(-1, *x.shape[x.ndim - per :])
+  sample = sample[:: max(1, len(sample) // 64)]
+  return sample[0] + jnp.mean(sample - sample[0], 0)
 
 
-def _sums(x):
-  """The sums of x and of its squares."""
-  if x.ndim < 3 or x.shape[1] > 1024:
-    return jnp.sum(x), jnp.sum(x * x)
+def _sums(x, per):
+  """The sums of x and of its squares over all but the last `per` axes."""
+  axes = tuple(range(x.ndim - per))
+  if x.ndim < 4 or x.shape[-3] > 1024:
+    return jnp.sum(x, axes), jnp.sum(x * x, axes)
   # Both in one pass. XLA makes vectors of a reduction over a short inner axis,
   # and over one that is not the batch it leaves a sharded batch where it is.
   sums = lax.reduce(
     (x, x * x),
     (jnp.zeros_like(x, shape=()),) * 2,
     lambda a, b: (a[0] + b[0], a[1] + b[1]),
-    (1,),
+    (x.ndim - 3,),
   )
-  return jnp.sum(sums[0]), jnp.sum(sums[1])
+  return tuple(jnp.sum(s, axes[:-1]) for s in sums)
 
 
 def gather(x: jax.Array, axis_name) -> jax.Array:

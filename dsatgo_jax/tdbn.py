@@ -5,6 +5,8 @@ Its scale starts at `alpha * v_th`, so that the pre-synaptic input starts as
 `N(0, (alpha * v_th) ** 2)`.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,28 +25,57 @@ def measure(x: jax.Array, axis_name=None) -> tuple[jax.Array, jax.Array]:
     Mean and variance [C], at least float32.
   """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  axes = tuple(range(x.ndim - 1))
-  # Second moments about a point without gradient, then moved to the mean: the
-  # numbers stay small and derivatives of any order are right.
-  mean = jnp.mean(x, axes)
-  point = lax.stop_gradient(mean)
-  variance = jnp.mean(jnp.square(x - point), axes) - jnp.square(mean - point)
+  mean, variance = _moments(x)
   if axis_name is None:
-    return statistics.named((mean, variance))
+    return mean, variance
   means, variances = jnp.moveaxis(
     statistics.gather(jnp.stack([mean, variance]), axis_name), 1, 0
   )
   mean = jnp.mean(means, 0)
   point = lax.stop_gradient(mean)
   squares = jnp.mean(variances + jnp.square(means - point), 0)
-  return statistics.named((mean, squares - jnp.square(mean - point)))
+  return mean, squares - jnp.square(mean - point)
 
 
-def normalize(x, mean, variance, scale, bias, epsilon=1e-5) -> jax.Array:
-  """`scale * (x - mean) / sqrt(variance + epsilon) + bias`.
+@jax.custom_jvp
+def _moments(x):
+  """Mean and variance per channel, in one pass."""
+  mean, squares = statistics.moments(x, per=1)
+  return mean, squares / (x.size // x.shape[-1])
+
+
+@_moments.defjvp
+def _moments_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  mean, variance = _moments(x)
+  axes = tuple(range(x.ndim - 1))
+  # Of the mean's own tangent the variance sees nothing.
+  d_variance = 2 * jnp.mean((x - mean) * dx, axes)
+  return (mean, variance), (jnp.mean(dx, axes), d_variance)
+
+
+class Affine(NamedTuple):
+  """What tdBN comes to once its statistics are known, [C] each.
+
+  Attributes:
+    mean: what is subtracted.
+    gain: what the difference is multiplied with.
+    bias: what is added.
+  """
+
+  mean: jax.Array
+  gain: jax.Array
+  bias: jax.Array
+
+  def __call__(self, x):
+    """`(x - mean) * gain + bias`, in the promoted dtype of all."""
+    return (x - self.mean) * self.gain + self.bias
+
+
+def affine(mean, variance, scale, bias, epsilon=1e-5) -> Affine:
+  """The `Affine` with a gain of `scale / sqrt(variance + epsilon)`.
 
   Args:
-    x: [..., C].
     mean: [C].
     variance: [C], biased.
     scale: [C].
@@ -52,9 +83,9 @@ def normalize(x, mean, variance, scale, bias, epsilon=1e-5) -> jax.Array:
     epsilon: keeps the root from zero.
 
   Returns:
-    The normalised x, in the promoted dtype of all.
+    `Affine`.
   """
-  return (x - mean) * (scale * lax.rsqrt(variance + epsilon)) + bias
+  return Affine(mean, scale * lax.rsqrt(variance + epsilon), bias)
 
 
 def unbiased(variance, x, repeats=1, axis_name=None) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dsatgo_jax import losses, models
 from dsatgo_jax.methods import METHODS
@@ -179,20 +180,36 @@ def test_an_image_is_encoded_once(make, shape):
   close(apply(variables, x), apply(variables, frames))
 
 
-@jax.enable_x64(True)
-def test_remat_changes_nothing():
-  make, shape = NARROW['vgg']
-  x = images(shape, np.float64)
-  kept, again = (
-    make(dtype=np.float64, param_dtype=np.float64, remat=remat)
-    for remat in (False, True)
-  )
-  variables = init(kept, x)
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-13),
-    train_step(again, variables, x),
-    train_step(kept, variables, x),
-  )
+class Relu(nn.Module):
+  """Stands where a neuron stands."""
+
+  @nn.compact
+  def __call__(self, x, norm, tdbn_scale):
+    """Takes what a neuron takes."""
+    return jax.nn.relu(norm(x))
+
+
+@pytest.mark.parametrize(
+  'network, settings, shape',
+  [
+    (models.ResNet19, {'planes': (32, 32, 32)}, (8, 16, 16, 3)),
+    (models.VGGSNN, {'stages': ((32, 32), (32, 32))}, (10, 4, 16, 16, 2)),
+  ],
+)
+def test_needs_less_memory_than_with_relu(network, settings, shape):
+  """Of tdBN and neurons nothing is kept, of ReLU tdBN's output."""
+
+  class Twin(network):
+    def parts(self, train):
+      return super().parts(train)._replace(neuron=Relu)
+
+  def memory(net):
+    x = jnp.zeros(shape)
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    compiled = train_step.lower(net, variables, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert memory(network(**settings)) < 0.9 * memory(Twin(**settings))
 
 
 @pytest.mark.parametrize('method', METHODS)

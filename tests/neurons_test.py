@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from dsatgo_jax import methods, neurons, surrogate
+from dsatgo_jax import methods, neurons, surrogate, tdbn
 from dsatgo_jax.methods import Method
 from dsatgo_jax.neurons import NeuronState, Parameters, Running
 from tests import reference_loop
@@ -44,9 +44,8 @@ def pull_back(run, x, v, parameters, g_spikes, g_v):
   return {'spikes': spikes, 'v': v, 'record': record}, pull((g_spikes, g_v))
 
 
-# The fused backward pass, the scan left to autodiff, and the membrane computed
-# again.
-WAYS = ({}, {'fused': False}, {'remat': True})
+# The fused backward pass, and the scan left to autodiff.
+WAYS = ({}, {'fused': False})
 
 
 def every_way(run, *arguments):
@@ -183,11 +182,58 @@ def test_rules_and_surrogates_of_ones_own(mode, reset):
   parameters = jax.tree.map(jnp.asarray, Parameters(0.3, 0.6, 0.9, 1.2))
   x, g_spikes = normal(2, 5, 4, 3)
   v, g_v = normal(2, 4, 3, seed=1)
-  fused, plain, remat = every_way(run, x, v, parameters, g_spikes, g_v)
+  fused, plain = every_way(run, x, v, parameters, g_spikes, g_v)
   close(fused, plain)
-  close(remat, plain)
   learns = fused[1][2].v_th
   assert bool(learns) == (mode == 'training')  # Averages have no gradient.
+
+
+@pytest.mark.parametrize('num_steps', [3, 12, 17])
+@float64
+def test_normalising_within_equals_normalising_before(num_steps):
+  x, g_spikes = normal(2, num_steps, 4, 3)
+  v, g_v = normal(2, 4, 3, seed=1)
+  norm = tdbn.Affine(*jnp.asarray(normal(3, 3, seed=2)))
+  run = functools.partial(neurons.run, reset='soft')
+
+  def before(x, parameters, **settings):
+    return run(parameters.norm(x), parameters._replace(norm=None), **settings)
+
+  parameters = jax.tree.map(jnp.asarray, Parameters(0.4, norm=norm))
+  expected = jax.jit(functools.partial(pull_back, before))(
+    x, v, parameters, g_spikes, g_v
+  )
+  assert all(g.all() for g in expected[1][2].norm)
+  for actual in every_way(run, x, v, parameters, g_spikes, g_v):
+    close(actual, expected)
+
+
+@pytest.mark.parametrize('num_steps', [9, 10, 16, 17, 24, 37])
+@float64
+def test_chunks_of_time_change_nothing(num_steps):
+  x, g_spikes = normal(2, num_steps, 3, 2)
+  v, g_v = normal(2, 3, 2, seed=1)
+  parameters = jax.tree.map(jnp.asarray, Parameters(0.6))
+  run = functools.partial(neurons.run, method='tgo', record=True)
+  fused, plain = every_way(run, x, v, parameters, g_spikes, g_v)
+  close(fused, plain)
+
+
+def test_keeps_no_membrane_for_the_backward_pass():
+  """Memory grows by the chunks' starts, not by the membrane of each step."""
+
+  def arrays(num_steps, **settings):
+    x = jax.ShapeDtypeStruct((num_steps, 16, 512), jnp.float32)
+
+    def there_and_back(x, g):
+      spikes, pull = jax.vjp(lambda x: neurons.run(x, **settings)[0], x)
+      return spikes, pull(g)
+
+    compiled = jax.jit(there_and_back).lower(x, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / (4 * 16 * 512)
+
+  assert arrays(64) < 32
+  assert arrays(64, fused=False) > 128
 
 
 @pytest.mark.parametrize('method', ['ds_atgo', 'tgo', 'learnable_threshold'])
@@ -198,7 +244,7 @@ def test_parts_of_a_batch_equal_the_whole(method):
   v, g_v = normal(2, 4, 2, 3, seed=1)
   parameters = jax.tree.map(jnp.asarray, Parameters())
   run = functools.partial(neurons.run, method=method, record=True)
-  _, whole, _ = every_way(run, x, v, parameters, g_spikes, g_v)
+  _, whole = every_way(run, x, v, parameters, g_spikes, g_v)
   parts = functools.partial(
     every_way, functools.partial(run, axis_name='batch')
   )

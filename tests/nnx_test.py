@@ -47,7 +47,7 @@ SETTINGS = [
   {'method': 'ds_atgo', 'threshold': 'estimated', 'decay': 0.6},
   {'method': 'ds_atgo', 'width_signal': 'sigma', 'reset': 'soft'},
   {'method': 'ds_atgo', 'surrogate': surrogate.arctan, 'detach_reset': True},
-  {'method': 'ds_atgo', 'learn_decay': False, 'momentum': 0.5, 'remat': True},
+  {'method': 'ds_atgo', 'learn_decay': False, 'momentum': 0.5},
   {'method': 'mpd_agl', 'v_th': 0.5},
   {'method': 'learnable_threshold', 'v_th': 0.7},
 ]

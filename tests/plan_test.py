@@ -278,7 +278,6 @@ FOUND = {
   'method': 'tgo',
   'num_steps': 3,
   'dtype': 'bfloat16',
-  'remat': True,
   'dataset': 'mine',
   'num_examples': 1_281_167,
   'example_shape': (3, 9, 9, 2),
@@ -302,7 +301,7 @@ COMPILED = {
   'collective_bytes': 51_146_904,
 }
 TABLE = """\
-VGGSNN, tgo, T = 3, bfloat16, remat
+VGGSNN, tgo, T = 3, bfloat16
 mine, 1,281,167 examples of 3 x 9 x 9 x 2, 16 a step on 2 devices
 
 parameters                                       695
@@ -325,8 +324,6 @@ def test_table():
   expected = TABLE.splitlines()
   assert plan.table(FOUND | COMPILED, 24) == expected
   assert plan.table(FOUND, 24) == expected[:8]
-  more = FOUND | COMPILED | {'remat': False}
-  assert '--config.model_args.remat=True' in plan.table(more, 24)[-1]
   more = FOUND | COMPILED | {'fits': True}
   assert plan.table(more, 40)[-1] == 'It fits into 40 GB.'
 

@@ -232,7 +232,7 @@ FUNCTIONS = {
   'neurons.layer': of_layer,
   'neurons.at_rest': neurons.at_rest,
   'tdbn.measure': tdbn.measure,
-  'tdbn.normalize': lambda x: tdbn.normalize(x, *tdbn.measure(x), x[0, 0], 0.5),
+  'tdbn.affine': lambda x: tdbn.affine(*tdbn.measure(x), x[0, 0], 0.5)(x),
   'tdbn.unbiased': lambda x: tdbn.unbiased(tdbn.measure(x)[1], x),
   'losses.prediction': losses.prediction,
   'losses.cross_entropy': lambda x: losses.cross_entropy(x, jnp.arange(4), 0.1),

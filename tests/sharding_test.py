@@ -137,7 +137,7 @@ def close(actual, expected):
     ({}, 'given'),
     ({'method': 'tgo', 'width_signal': 'sigma', 'reset': 'soft'}, 'at rest'),
     ({'method': 'learnable_threshold', 'v_th': 0.8}, 'given'),
-    ({'method': 'at', 'remat': True}, 'given'),
+    ({'method': 'at'}, 'given'),
   ],
 )
 @float64

@@ -44,9 +44,6 @@ NUM_EXAMPLES = {
   'digits_dvs': (1_437, 360),
   'imagenet2012': (1_281_167, 50_000),
 }
-# XLA's CPU compiler would otherwise merge what is computed again for the
-# backward pass with what was computed before, as a GPU's does not.
-KEEP_REMAT = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
 SIDE = 256  # Of images of many sizes, before they are cropped.
 BATCHES = 3  # On a device at a time: one in use, two under way.
 COLLECTIVE = (
@@ -202,7 +199,6 @@ def plan(config, memory=24, compile=True):
     'method': config.method,
     'num_steps': config.num_steps,
     'dtype': config.dtype,
-    'remat': model.remat,
     'dataset': config.dataset,
     'num_examples': len(dataset.train),
     'example_shape': dataset.example_shape,
@@ -218,7 +214,7 @@ def plan(config, memory=24, compile=True):
   }
   if compile:
     print(f'compiling for {num_devices} devices ...', file=sys.stderr)
-    compiled = step.lower(state, batch).compile(KEEP_REMAT)
+    compiled = step.lower(state, batch).compile()
     sizes = collectives(compiled.as_text())
     parts = {
       'state_bytes': tree_bytes(state),
@@ -248,7 +244,7 @@ def table(found, memory):
   shape = ' x '.join(map(str, found['example_shape']))
   lines = [
     f'{found["model"]}, {found["method"]}, T = {found["num_steps"]}, '
-    f'{found["dtype"]}' + ', remat' * found['remat'],
+    f'{found["dtype"]}',
     f'{found["dataset"]}, {found["num_examples"]:,} examples of {shape}, '
     f'{found["batch_size"]} a step on {found["num_devices"]} devices',
     '',
@@ -271,13 +267,8 @@ def table(found, memory):
     ]
     if found['fits']:
       lines += [f'It fits into {memory:g} GB.']
-    elif found['remat']:
-      lines += [f'More than {memory:g} GB: choose a smaller batch.']
     else:
-      lines += [
-        f'More than {memory:g} GB: choose --config.model_args.remat=True, or '
-        'a smaller batch.'
-      ]
+      lines += [f'More than {memory:g} GB: choose a smaller batch.']
   return lines
 
 

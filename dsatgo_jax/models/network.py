@@ -8,17 +8,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsatgo_jax import linen as snn
-from dsatgo_jax import methods, neurons, statistics, surrogate
+from dsatgo_jax import methods, neurons, surrogate
 
 
 class Parts(NamedTuple):
-  """Makers of layers, with the network's settings filled in; and `remat`."""
+  """Makers of layers, with the network's settings filled in."""
 
   conv: Callable
   dense: Callable
   norm: Callable
   neuron: Callable
-  remat: bool
 
 
 class Network(nn.Module):
@@ -29,8 +28,6 @@ class Network(nn.Module):
     num_steps: T.
     alpha: tdBN's deviation of the pre-synaptic input, in thresholds.
     axis_name: mapped axis over which all statistics are pooled.
-    remat: whether the backward pass computes tdBN and neurons again from the
-      weights' output and the statistics, and keeps nothing else of them.
     dtype: of the computation; membranes and statistics are at least float32.
     param_dtype: of the parameters.
   """
@@ -51,7 +48,6 @@ class Network(nn.Module):
   momentum: float = 0.9
   alpha: float = 1.0
   axis_name: Any = None
-  remat: bool = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -88,7 +84,6 @@ class Network(nn.Module):
         momentum=self.momentum,
         **shared,
       ),
-      self.remat,
     )
 
   def static_steps(self, x) -> int | None:
@@ -121,16 +116,11 @@ class Spiking(nn.Module):
   @nn.compact
   def __call__(self, x):
     """[T, B, ...], or [B, ...] with `num_steps`, to spikes [T, B, ...]."""
-    fire = Spiking._fire
-    if self.parts.remat:
-      fire = nn.remat(fire, policy=statistics.keep)
-    return fire(self, self.layer(name='layer')(x))
-
-  def _fire(self, x):
-    """Output of the weights to spikes."""
+    x = self.layer(name='layer')(x)
     norm = self.parts.norm(repeats=self.num_steps or 1, name='norm')
-    x = norm(x)
+    affine = norm.affine(x)
     if self.num_steps:
       x = snn.repeat_in_time(x, self.num_steps)
-    scale = norm.variables['params']['scale']
-    return self.parts.neuron(name='neuron')(x, tdbn_scale=scale)
+    return self.parts.neuron(name='neuron')(
+      x, norm=affine, tdbn_scale=norm.variables['params']['scale']
+    )
