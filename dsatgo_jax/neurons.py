@@ -481,8 +481,9 @@ def _chunked(dynamics, x, v, t, parameters, running):
   num_steps = len(x)
   if num_steps <= 16:
     return _fused(dynamics, x, v, t, parameters, running)
-  num_chunks = -(-num_steps // max(8, math.isqrt(num_steps)))
-  size = -(-num_steps // num_chunks)
+  most = max(8, math.isqrt(num_steps))
+  divisors = (n for n in range(most, most // 2, -1) if num_steps % n == 0)
+  size = next(divisors, most)
   end = num_steps - num_steps % size
   dynamics = dynamics._replace(at_rest=False)
 

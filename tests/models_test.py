@@ -193,7 +193,7 @@ class Relu(nn.Module):
   'network, settings, shape',
   [
     (models.ResNet19, {'planes': (32, 32, 32)}, (8, 16, 16, 3)),
-    (models.VGGSNN, {'stages': ((32, 32), (32, 32))}, (10, 4, 16, 16, 2)),
+    (models.VGGSNN, {'stages': ((32,) * 4, (32,) * 4)}, (10, 4, 16, 16, 2)),
   ],
 )
 def test_needs_less_memory_than_with_relu(network, settings, shape):

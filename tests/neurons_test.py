@@ -232,7 +232,7 @@ def test_keeps_no_membrane_for_the_backward_pass():
     compiled = jax.jit(there_and_back).lower(x, x).compile()
     return compiled.memory_analysis().temp_size_in_bytes / (4 * 16 * 512)
 
-  assert arrays(64) < 32
+  assert arrays(64) < 40
   assert arrays(64, fused=False) > 128
 
 

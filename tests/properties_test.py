@@ -217,6 +217,7 @@ FUNCTIONS = {
   )(x, 0.9),
   'surrogate.custom': lambda x: surrogate.custom(lambda x, w: w - x)(x, 0.9),
   'statistics.measure': statistics.measure,
+  'statistics.moments': statistics.moments,
   'statistics.gather': of_devices(statistics.gather),
   'statistics.running_average': lambda x: statistics.running_average(x, x, 0.9),
   'threshold.adaptive': of_rule(threshold.adaptive),

@@ -54,7 +54,7 @@ def evaluate(workdir, checkpoint='latest', split='test', data_path=None):
     'split': split,
     'selected_on': info['best'] and config.select_on,
     **loop.evaluate(
-      loop.create_eval_step(config, facts),
+      loop.compiled(loop.create_eval_step(config, facts)),
       {name: state[name] for name in ('params', 'batch_stats')},
       getattr(dataset, split),
       config,

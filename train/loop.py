@@ -30,6 +30,10 @@ from dsatgo_jax import losses, models
 from train import checkpoints, data, metrics, profile
 
 AXIS = 'batch'
+# XLA's own convolutions are faster; see benchmarks/README.md.
+CPU_OPTIONS = {
+  'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'
+}
 
 # What is kept of the collection `spiking`, per layer and timestep.
 ACTIVITY = ('firing_rate', 'gradient_share', 'theta', 'width')
@@ -302,6 +306,26 @@ def pmapped(step, **options):
   )
 
 
+def compiled(step):
+  """Returns a mapped step that is compiled, at its first call, for the job."""
+  programs = []
+
+  def run(*arguments):
+    if not programs:
+      programs.append(compile_step(step.lower(*arguments)))
+    return programs[0](*arguments)
+
+  return run
+
+
+def compile_step(lowered):
+  """Compiles a lowered step; on CPU without YNNPACK's convolutions."""
+  if jax.default_backend() == 'cpu':
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # No such option.
+      return lowered.compile(CPU_OPTIONS)
+  return lowered.compile()
+
+
 def variables(state):
   """What inference needs of a state."""
   return {'params': state.params, 'batch_stats': state.batch_stats}
@@ -490,7 +514,8 @@ def train(config, workdir, seconds=None):
       data.train_batches(dataset.train, config, start_step=start, **this_host())
     )
     batch = next(batches)
-    run_eval = create_eval_step(config, facts)
+    run_step = compiled(run_step)
+    run_eval = compiled(create_eval_step(config, facts))
     state = jax.device_put(host_state, replicated())
     # Compiles; what comes out is dropped.
     jax.block_until_ready(run_eval(variables(state), unmasked(batch)))

@@ -214,7 +214,7 @@ def plan(config, memory=24, compile=True):
   }
   if compile:
     print(f'compiling for {num_devices} devices ...', file=sys.stderr)
-    compiled = step.lower(state, batch).compile()
+    compiled = loop.compile_step(step.lower(state, batch))
     sizes = collectives(compiled.as_text())
     parts = {
       'state_bytes': tree_bytes(state),
