@@ -5,9 +5,10 @@
 Time (medians of interleaved repeats) and temporary memory (the compiler's
 `memory_analysis`) of loss and gradients: with ReLU in the place of the neurons,
 with the neurons' own backward pass, with the scan left to autodiff, and with
-`remat`.
+the options that the job compiles with on CPU; and the time of PyTorch.
 """
 
+import contextlib
 import functools
 from unittest import mock
 
@@ -15,13 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from benchmarks import timing
+from benchmarks import pytorch, timing
 from dsatgo_jax import losses, models, neurons
+from train.loop import CPU_OPTIONS
 
-# XLA's CPU compiler expands the barriers of `jax.checkpoint` before its last
-# search for common subexpressions, and so merges the recomputation with the
-# original; without the pass it does not.
-KEEP_REMAT = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
 NETWORKS = {
   'ResNet-19, T = 2': (models.ResNet19, {'num_steps': 2}, (8, 32, 32, 3)),
   'VGGSNN, T = 10': (models.VGGSNN, {}, (10, 4, 48, 48, 2)),
@@ -48,7 +46,7 @@ def relu_twin(network):
   return Twin
 
 
-def compiled(network, shape):
+def compiled(network, shape, options=None):
   """Loss and gradients of a network, compiled, and its arguments."""
   x = jax.random.normal(jax.random.key(0), shape)
   labels = jnp.zeros(shape[0] if len(shape) == 4 else shape[1], jnp.int32)
@@ -64,7 +62,7 @@ def compiled(network, shape):
     return jax.value_and_grad(loss, has_aux=True)(variables['params'])
 
   arguments = (variables, x, labels)
-  return jax.jit(step).lower(*arguments).compile(KEEP_REMAT), arguments
+  return jax.jit(step).lower(*arguments).compile(options), arguments
 
 
 def measure(arguments):
@@ -74,28 +72,33 @@ def measure(arguments):
     steps = {
       'ReLU': compiled(relu_twin(network)(**settings), shape),
       'spiking': compiled(network(**settings), shape),
-      'spiking, remat': compiled(network(**settings, remat=True), shape),
     }
     plain = functools.partial(neurons.run, fused=False)
     with mock.patch.object(neurons, 'run', plain):
       steps['spiking, autodiff'] = compiled(network(**settings), shape)
-    times = timing.medians(
-      {
-        name: lambda f=f, a=a: jax.block_until_ready(f(*a))
-        for name, (f, a) in steps.items()
-      },
-      arguments.repeats,
-    )
+    for name, net in (('ReLU', relu_twin(network)), ('spiking', network)):
+      steps[f"{name}, the job's options"] = compiled(
+        net(**settings), shape, CPU_OPTIONS
+      )
+    functions = {
+      name: lambda f=f, a=a: jax.block_until_ready(f(*a))
+      for name, (f, a) in steps.items()
+    }
+    if network is models.ResNet19:
+      with contextlib.suppress(ImportError):
+        for neuron in ('relu', 'ds_atgo'):
+          functions[f'PyTorch, {neuron}'] = pytorch.training_step(neuron)
+    times = timing.medians(functions, arguments.repeats, seconds=300)
     rows = {
-      name: {
-        'ms': times[name],
-        'of ReLU': times[name] / times['ReLU'],
-        'MiB': f.memory_analysis().temp_size_in_bytes / 2**20,
-      }
+      name: {'ms': ms, 'of ReLU': ms / times['ReLU']}
+      for name, ms in times.items()
+    }
+    memory = {
+      name: f.memory_analysis().temp_size_in_bytes / 2**20
       for name, (f, _) in steps.items()
     }
-    for row in rows.values():
-      row['MiB of ReLU'] = row['MiB'] / rows['ReLU']['MiB']
+    for name, size in memory.items():
+      rows[name] |= {'MiB': size, 'MiB of ReLU': size / memory['ReLU']}
     timing.table(title, rows, ('ms', 'of ReLU', 'MiB', 'MiB of ReLU'))
     results[title] = rows
   return results
