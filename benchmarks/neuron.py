@@ -1,6 +1,6 @@
 """One spiking layer beside its floor and other libraries' layers.
 
-  python -m benchmarks.neuron [--json FILE] [--repeats N]
+  python -m benchmarks.neuron [--keep-pages] [--json FILE] [--repeats N]
 
 Forward and backward of a layer on `[T, 16, 32, 32, 64]` float32, in
 milliseconds: medians of interleaved repeats. The floor is what a layer must
@@ -84,7 +84,7 @@ def growth(repeats):
     x, cotangent = array(0, num_steps, shape), array(1, num_steps, shape)
     w = np.float32(neurons.logit(0.2))
     functions = {'floor': in_jax(copy, x, cotangent, x)}
-    for name, settings in (('layer', {}), ('remat', {'remat': True})):
+    for name, settings in (('layer', {}), ('plain scan', {'fused': False})):
       run = jax.jit(there_and_back(layer(**settings)))
       start = time.perf_counter()
       compiled = run.lower(x, cotangent, w).compile()

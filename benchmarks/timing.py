@@ -1,6 +1,7 @@
 """Interleaved repeats, so that what slows the machine slows all alike."""
 
 import argparse
+import ctypes
 import json
 import statistics
 import time
@@ -31,6 +32,21 @@ def medians(functions, repeats=15, seconds=60.0):
   return {name: statistics.median(all_) for name, all_ in times.items()}
 
 
+def keep_pages():
+  """Lets glibc keep the memory that is freed, for the next array.
+
+  By default a large array comes in fresh pages from Linux every time, and at
+  ten timesteps most of a copy's time goes into them.
+  """
+  libc = ctypes.CDLL(None)
+  for parameter, value in (
+    (-8, 1),  # M_ARENA_MAX
+    (-4, 0),  # M_MMAP_MAX
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
+  ):
+    libc.mallopt(parameter, value)
+
+
 def table(title, rows, columns):
   """Prints `{row: {column: number}}` as a table."""
   print(f'\n{title}')
@@ -51,7 +67,14 @@ def main(description, measure):
   parser.add_argument(
     '--repeats', type=int, default=15, help='calls of each, in turn'
   )
+  parser.add_argument(
+    '--keep-pages',
+    action='store_true',
+    help='keep freed memory, so that no time goes into fresh pages (glibc)',
+  )
   arguments = parser.parse_args()
+  if arguments.keep_pages:
+    keep_pages()
   results = measure(arguments)
   if arguments.json:
     with open(arguments.json, 'w') as file:

@@ -481,7 +481,7 @@ def _chunked(dynamics, x, v, t, parameters, running):
   num_steps = len(x)
   if num_steps <= 16:
     return _fused(dynamics, x, v, t, parameters, running)
-  most = max(8, math.isqrt(num_steps))
+  most = max(4, math.isqrt(num_steps) // 2)
   divisors = (n for n in range(most, most // 2, -1) if num_steps % n == 0)
   size = next(divisors, most)
   end = num_steps - num_steps % size

@@ -99,6 +99,70 @@ def test_repeats_stand_for_copies(through, num_steps):
   assert abs(uncounted - once[1][1]).min() > 1e-3
 
 
+class Linen(linen.nn.Module):
+  """tdBN and a neuron, which normalises by itself or not."""
+
+  within: bool
+
+  @linen.nn.compact
+  def __call__(self, x):
+    """[T, B, H, W, C] to spikes."""
+    norm = linen.TdBatchNorm(False, param_dtype=np.float64)
+    neuron = linen.SpikingNeuron(use_running_average=False)
+    if self.within:
+      return neuron(x, norm=norm.affine(x))
+    return neuron(norm(x))
+
+
+def outputs_of_linen(within, x):
+  net = Linen(within)
+  variables = net.init(jax.random.key(0), x)
+  params = jax.tree.map(lambda p: p + 0.1, variables.pop('params'))
+
+  def run(params, x):
+    return net.apply({'params': params, **variables}, x, mutable='batch_stats')
+
+  return run, params
+
+
+def outputs_of_nnx(within, x):
+  del x
+  graph, params, stats = nnx.nnx.split(
+    nnx.nnx.Dict(
+      norm=nnx.TdBatchNorm(3, param_dtype=np.float64),
+      neuron=nnx.SpikingNeuron(num_steps=4),
+    ),
+    nnx.nnx.Param,
+    ...,
+  )
+
+  def run(params, x):
+    net = nnx.nnx.merge(graph, params, stats, copy=True)
+    if within:
+      y = net.neuron(x, norm=net.norm.affine(x))
+    else:
+      y = net.neuron(net.norm(x))
+    return y, nnx.nnx.state(net, nnx.nnx.BatchStat)
+
+  return run, jax.tree.map(lambda p: p + 0.1, params)
+
+
+@pytest.mark.parametrize('outputs_of', [outputs_of_linen, outputs_of_nnx])
+@float64
+def test_a_neuron_normalises_as_tdbn_before_it(outputs_of):
+  """Spikes, running values and gradients; the neuron is given `affine`."""
+  x, weights = normal(4, 5, 2, 2, 3), normal(4, 5, 2, 2, 3, seed=1)
+
+  def everything(within):
+    run, params = outputs_of(within, x)
+    spikes, pull, stats = jax.vjp(run, params, x, has_aux=True)
+    return spikes, stats, pull(weights)
+
+  within, before = map(jax.jit(everything, static_argnums=0), (True, False))
+  assert all(g.any() for g in jax.tree.leaves(before[2]))
+  jax.tree.map(close, within, before)
+
+
 OVER_DEVICES = {
   'vmap': lambda f: jax.vmap(f, axis_name='batch'),
   'pmap': lambda f: jax.pmap(f, axis_name='batch'),
