@@ -196,7 +196,12 @@ def create_state(config, model, optimizer, example_shape):
       opt_state=optimizer.init(variables['params']),
     )
 
-  create = jax.jit(create, out_shardings=replicated())
+  create = jax.jit(
+    create,
+    out_shardings=replicated(),
+    # It runs once: better compiled fast than fast.
+    compiler_options={'xla_backend_optimization_level': 0},
+  )
   return create(jax.random.key(config.seed))
 
 
