@@ -196,13 +196,12 @@ def create_state(config, model, optimizer, example_shape):
       opt_state=optimizer.init(variables['params']),
     )
 
-  create = jax.jit(
-    create,
-    out_shardings=replicated(),
-    # It runs once: better compiled fast than fast.
-    compiler_options={'xla_backend_optimization_level': 0},
-  )
-  return create(jax.random.key(config.seed))
+  create = jax.jit(create, out_shardings=replicated())
+  key = jax.random.key(config.seed)
+  if isinstance(key, jax.core.Tracer):  # `train.plan` asks for shapes only.
+    return create(key)
+  # It runs once: better compiled fast than fast.
+  return create.lower(key).compile({'xla_backend_optimization_level': 0})(key)
 
 
 def prepare(images, mean, std):
