@@ -477,7 +477,7 @@ def _share(mask, axis_name, dtype):
 
 
 def _chunked(dynamics, x, v, t, parameters, running):
-  """`_fused` in chunks of at most 8 timesteps, or the root of T."""
+  """`_fused`, beyond 16 timesteps in chunks of about sqrt(T) / 2."""
   num_steps = len(x)
   if num_steps <= 16:
     return _fused(dynamics, x, v, t, parameters, running)

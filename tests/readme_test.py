@@ -9,10 +9,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 def test_python_blocks_run():
   text = (ROOT / 'README.md').read_text()
   blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-  assert len(blocks) == 4
+  assert len(blocks) == 5
   namespace = {}
   for block in blocks:
     exec(block, namespace)
+    if 'class Layer' in block:  # NNX takes over the names after it.
+      layer, frames = namespace['Layer'](), namespace['images'][None]
+      key = namespace['jax'].random.key(0)
+      spikes, _ = layer.init_with_output(key, frames, train=True)
+      assert set(spikes.ravel().tolist()) == {0, 1}
   assert namespace['logits'].shape == (8, 10)
   assert namespace['sown']['spiking']['SpikingNeuron_0']['theta'].shape == (4,)
   nnx, net = namespace['nnx'], namespace['Net']
