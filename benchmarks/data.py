@@ -5,7 +5,6 @@ and 2 worker processes and with parts of it in none, to see what limits it; and
 `.aedat` recordings a second, from file to resized frames. All data generated.
 """
 
-import itertools
 import json
 import pathlib
 import tempfile
@@ -31,17 +30,15 @@ CASES = (
 )
 
 
-def median_rate(iterator, repeats, items):
-  """Items a second: the median over `repeats` draws of `items` items each."""
-  seconds = []
-  for _ in range(repeats):
-    start = time.perf_counter()
+def rate(iterator, draws, items):
+  """Items a second over `draws` draws of `items` items each."""
+  start = time.perf_counter()
+  for _ in range(draws):
     next(iterator)
-    seconds.append(time.perf_counter() - start)
-  return items / float(np.median(seconds))
+  return draws * items / (time.perf_counter() - start)
 
 
-def cifar_rate(augment, num_workers, batch_size=100, chunk=20, repeats=7):
+def cifar_rate(augment, num_workers, batch_size=100, draws=300):
   """Images a second of a CIFAR-sized training pipeline."""
   rng = np.random.default_rng(0)
   source = sources.Arrays(
@@ -57,12 +54,9 @@ def cifar_rate(augment, num_workers, batch_size=100, chunk=20, repeats=7):
     }
   )
   batches = data.train_batches(source, config)
-  # Longer than what is read ahead, and than the workers take to start.
-  chunks = map(
-    lambda _: len(list(itertools.islice(batches, chunk))), itertools.count()
-  )
-  next(chunks)
-  return median_rate(chunks, repeats, chunk * batch_size)
+  for _ in range(50):  # While the workers start, and read ahead.
+    next(batches)
+  return rate(batches, draws, batch_size)
 
 
 def aedat_rate(num_events=200_000, files=50):
@@ -85,7 +79,7 @@ def aedat_rate(num_events=200_000, files=50):
         frames = cifar10_dvs.frames(*arrays, num_steps=10, by='count')
         yield cifar10_dvs.resize(frames, cifar10_dvs.SIZE)
 
-    return median_rate(recordings(), files, 1)
+    return rate(recordings(), files, 1)
 
 
 def main(argv):

@@ -8,7 +8,6 @@ with the neurons' own backward pass, with the scan left to autodiff, and with
 the options that the job compiles with on CPU; and the time of PyTorch.
 """
 
-import contextlib
 import functools
 from unittest import mock
 
@@ -85,9 +84,11 @@ def measure(arguments):
       for name, (f, a) in steps.items()
     }
     if network is models.ResNet19:
-      with contextlib.suppress(ImportError):
+      try:
         for neuron in ('relu', 'ds_atgo'):
           functions[f'PyTorch, {neuron}'] = pytorch.training_step(neuron)
+      except ImportError:
+        print('PyTorch: not installed')
     times = timing.medians(functions, arguments.repeats, seconds=300)
     rows = {
       name: {'ms': ms, 'of ReLU': ms / times['ReLU']}

@@ -521,60 +521,50 @@ def _fused_forward(dynamics, x, v, t, parameters, running):
 
 
 def _fused_backward(dynamics, residuals, cotangents):
-  x, v_0, t, parameters, running, measured = residuals
+  x, v, t, parameters, running, measured = residuals
   g_spikes, g_v, _ = cotangents
-  num_steps = len(x)
   parameters, pool = jax.vjp(functools.partial(_vary_like, x), parameters)
   decay = parameters.decay
-  inputs, pull_x = jax.vjp(
+  x, pull_x = jax.vjp(
     _presynaptic, _late(x, g_spikes[-1] + g_v, measured), parameters
   )
+  known = (_timesteps(t, x), running, measured)
 
-  def fire(t, u, running, measured, parameters):
+  def fire(u, parameters, t, running, measured):
     theta, _, width = _levels(dynamics.method, measured, running, parameters, t)
     return _fire(dynamics, u, theta, width)
 
   def forth(v, inputs):
-    """One timestep of the membrane."""
-    t, x, running, measured = inputs
-    u = decay * v + x
-    return fire(t, u, running, measured, parameters)[1], u
+    """One timestep; gives the membrane before it."""
+    x, *known = inputs
+    return fire(decay * v + x, parameters, *known)[1], v
 
-  known = (_timesteps(t, x), running, measured)
-  _, u = _unrolled(forth, v_0, (known[0], inputs, *known[1:]))
+  _, v = _unrolled(forth, v, (x, *known))
 
-  def back(inputs, g_v):
-    """One timestep: v, and the cotangents of u and of the parameters."""
-    t, u, g_spikes, running, measured = inputs
-    (_, v), pull = jax.vjp(
-      lambda u, parameters: fire(t, u, running, measured, parameters),
-      u,
-      parameters,
-    )
-    return v, *pull((g_spikes, g_v))
-
-  def body(carry, inputs):
-    g_u, g_parameters, g_decay = carry  # Of the timestep after this one.
-    index, *inputs = inputs
-    is_last = index == num_steps - 1
-    v, g_u_here, g_here = back(inputs, jnp.where(is_last, g_v, decay * g_u))
+  def back(carry, inputs):
+    """One timestep; gives the cotangent of the membrane before the reset."""
+    g_v, g_parameters, g_decay = carry
+    index, g_spikes, x, v, *known = inputs
+    # Late, so that u is not kept from `forth` either.
+    u = decay * v + _late(x, g_spikes + g_v, measured)
+    _, pull = jax.vjp(lambda u, p: fire(u, p, *known), u, parameters)
+    g_u, g_here = pull((g_spikes, g_v))
     g_parameters = jax.tree.map(jnp.add, g_parameters, g_here)
-    g_decay += jnp.where(is_last, 0, jnp.sum(g_u * v))
-    return (g_u_here, g_parameters, g_decay), g_u_here
+    resting = dynamics.at_rest & (index == 0)
+    g_decay += jnp.where(resting, 0, jnp.sum(g_u * v))
+    return (decay * g_u, g_parameters, g_decay), g_u
 
-  (g_u, g_parameters, g_decay), g_inputs = _unrolled(
-    body,
-    jax.tree.map(jnp.zeros_like, (g_v, parameters, decay)),
-    # Constants, which XLA folds.
-    (np.arange(num_steps), known[0], u, g_spikes, *known[1:]),
+  # The indices are constants, which XLA folds.
+  (g_v, g_parameters, g_decay), g_u = _unrolled(
+    back,
+    (g_v, *jax.tree.map(jnp.zeros_like, (parameters, decay))),
+    (np.arange(len(x)), g_spikes, x, v, *known),
     reverse=True,
   )
-  if not dynamics.at_rest:
-    g_decay += jnp.sum(g_u * v_0)
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
-  g_x, g_norm = pull_x(g_inputs)
+  g_x, g_norm = pull_x(g_u)
   g_parameters = jax.tree.map(jnp.add, g_parameters, g_norm)
-  return g_x, decay * g_u, None, *pool(g_parameters), None
+  return g_x, g_v, None, *pool(g_parameters), None
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
