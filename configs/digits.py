@@ -26,7 +26,7 @@ def get_config():
   config.mean = placeholder(tuple)
   config.std = placeholder(tuple)
   config.augment = ('random_crop:1',)  # See train/augment.py.
-  config.num_workers = 0  # Processes that read and augment; 0: threads.
+  config.num_workers = 0  # Processes that read and augment; 0: a thread.
   config.batch_size = 64  # Over all devices.
 
   # Network.

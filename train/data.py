@@ -248,8 +248,9 @@ def _per_host(batch_size, num_hosts):
 
 
 def _read_ahead(batches, num_workers):
-  """Makes batches in threads, or in worker processes, before they are due."""
-  options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+  """Makes batches in a thread, or in worker processes, before they are due."""
+  # Two threads would wait for each other: the augmentations hold the GIL.
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   batches = batches.to_iter_dataset(options)
   if num_workers:
     options = grain.MultiprocessingOptions(num_workers=num_workers)
