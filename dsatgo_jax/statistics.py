@@ -52,8 +52,7 @@ def measure(u: jax.Array, axis_name=None) -> Statistics:
     means, squares = gather(jnp.stack([mean, squares]), axis_name).T
     mean = means[0] + jnp.mean(means - means[0])
     squares = jnp.sum(squares) + u.size * jnp.sum((means - mean) ** 2)
-  variance = jnp.maximum(squares, 0) / (count - 1)
-  return Statistics(mean, jnp.sqrt(variance))
+  return Statistics(mean, jnp.sqrt(squares / (count - 1)))
 
 
 def moments(x: jax.Array, per: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -69,7 +68,8 @@ def moments(x: jax.Array, per: int = 0) -> tuple[jax.Array, jax.Array]:
   count = x.size // math.prod(x.shape[x.ndim - per :])
   shift = _near_mean(x, per)
   total, squares = _sums(x - shift, per)
-  return shift + total / count, squares - total * total / count
+  squares -= total * total / count  # Which rounding could make negative.
+  return shift + total / count, jnp.maximum(squares, 0)
 
 
 def _near_mean(x, per):
@@ -84,7 +84,8 @@ def _near_mean(x, per):
 def _sums(x, per):
   """The sums of x and of its squares over all but the last `per` axes."""
   axes = tuple(range(x.ndim - per))
-  if x.ndim < 4 or x.shape[-3] > 1024:
+  axis = max(1, x.ndim - 3)
+  if x.ndim < 3 or x.shape[axis] > 1024:
     return jnp.sum(x, axes), jnp.sum(x * x, axes)
   # Both in one pass. XLA makes vectors of a reduction over a short inner axis,
   # and over one that is not the batch it leaves a sharded batch where it is.
@@ -92,7 +93,7 @@ def _sums(x, per):
     (x, x * x),
     (jnp.zeros_like(x, shape=()),) * 2,
     lambda a, b: (a[0] + b[0], a[1] + b[1]),
-    (x.ndim - 3,),
+    (axis,),
   )
   return tuple(jnp.sum(s, axes[:-1]) for s in sums)
 
