@@ -196,8 +196,8 @@ def run(
     dtype: of the spikes; None for x's.
     record: whether to compute all fields of the `Record`.
     fused: True runs a backward pass that keeps x and the statistics alone and
-      computes the rest from them again, a long sequence in chunks of about
-      sqrt(T) timesteps; False leaves the scan to autodiff. The derivatives are
+      computes the rest from them again, beyond 16 timesteps in chunks of about
+      sqrt(T) / 2, whose first membranes it keeps; False leaves the scan to autodiff. The derivatives are
       the same, at any order of reverse mode.
 
   Returns:
