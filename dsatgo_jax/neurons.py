@@ -197,8 +197,8 @@ def run(
     record: whether to compute all fields of the `Record`.
     fused: True runs a backward pass that keeps x and the statistics alone and
       computes the rest from them again, beyond 16 timesteps in chunks of about
-      sqrt(T) / 2, whose first membranes it keeps; False leaves the scan to autodiff. The derivatives are
-      the same, at any order of reverse mode.
+      sqrt(T) / 2, whose first membranes it keeps; False leaves the scan to
+      autodiff. The derivatives are the same, at any order of reverse mode.
 
   Returns:
     Spikes [T, B, ...], the state after the last timestep, and the `Record`,
