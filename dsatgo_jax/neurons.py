@@ -389,8 +389,14 @@ def check_positive(**values):
       raise ValueError(f'Expected {name} > 0, got {name}={value}.')
 
 
-def _plain(dynamics, x, v, t, parameters, running):
+def _plain(dynamics, x, *rest):
   """The scan; differentiated by JAX."""
+  scan = functools.partial(lax.scan, unroll=len(x) <= 16)
+  return _scanned(scan, dynamics, x, *rest)
+
+
+def _scanned(scan, dynamics, x, v, t, parameters, running):
+  """All timesteps, by `lax.scan` or a function that does what it does."""
   method = dynamics.method
 
   def body(v, inputs):
@@ -412,7 +418,6 @@ def _plain(dynamics, x, v, t, parameters, running):
       ]
     return v, (spikes, Record(theta, signal, width, measured, *shares))
 
-  scan = _unrolled if len(x) <= 16 else lax.scan
   inputs = (_timesteps(t, x), _presynaptic(x, parameters), running)
   v, (spikes, record) = scan(body, v, inputs)
   return spikes, v, record
@@ -424,18 +429,30 @@ def _presynaptic(x, parameters):
   return x if parameters.norm is None else parameters.norm(x)
 
 
-def _unrolled(body, carry, xs, reverse=False):
-  """`lax.scan`, unrolled; in two halves from 10 timesteps on.
+def _unrolled(body, v, xs):
+  """`lax.scan`, unrolled; every fourth membrane is in memory."""
+  x = xs[1]
+  never, parts = _never(x), []
+  for start in range(0, len(x), 4):
+    part = jax.tree.map(lambda a: a[start : start + 4], xs)  # noqa: B023
+    v, ys = lax.scan(body, v, part, unroll=True)
+    v = _in_memory(v, never)
+    parts.append(ys)
+  return v, _join(parts)
 
-  XLA for CPU concatenates up to 8 results without a copy of them.
+
+def _join(parts):
+  """Concatenates trees in time; the last may be shorter than the others.
+
+  XLA's CPU compiler computes up to 8 arrays where their concatenation is to be;
+  more it copies. It makes one of nested ones, unless a reshape is between.
   """
-  scan = functools.partial(lax.scan, reverse=reverse, unroll=True)
-  num_steps = len(jax.tree.leaves(xs)[0])
-  if num_steps <= 8 or num_steps % 2:
-    return scan(body, carry, xs)
-  halves = jax.tree.map(lambda a: a.reshape(2, -1, *a.shape[1:]), xs)
-  carry, ys = scan(functools.partial(scan, body), carry, halves)
-  return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), ys)
+  lengths = [len(jax.tree.leaves(part)[0]) for part in parts]
+  whole = lengths.count(lengths[0])
+  joined = jax.tree.map(
+    lambda *a: jnp.stack(a).reshape(-1, *a[0].shape[1:]), *parts[:whole]
+  )
+  return jax.tree.map(lambda *a: jnp.concatenate(a), joined, *parts[whole:])
 
 
 def _timesteps(t, x):
@@ -511,11 +528,11 @@ def _chunked(dynamics, x, v, t, parameters, running):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(dynamics, x, v, t, parameters, running):
   """The scan, with a backward pass that keeps x and the statistics alone."""
-  return _plain(dynamics, x, v, t, parameters, running)
+  return _scanned(_unrolled, dynamics, x, v, t, parameters, running)
 
 
 def _fused_forward(dynamics, x, v, t, parameters, running):
-  outputs = _plain(dynamics, x, v, t, parameters, running)
+  outputs = _fused(dynamics, x, v, t, parameters, running)
   measured = outputs[2].statistics
   return outputs, (x, v, t, parameters, running, measured)
 
@@ -529,39 +546,49 @@ def _fused_backward(dynamics, residuals, cotangents):
     _presynaptic, _late(x, g_spikes[-1] + g_v, measured), parameters
   )
   known = (_timesteps(t, x), running, measured)
+  known = [jax.tree.map(lambda a: a[i], known) for i in range(len(x))]  # noqa: B023
+  never = _never(x, measured)
+  # Traced once, whatever T is.
+  jit = functools.partial(jax.jit, inline=True)
 
-  def fire(u, parameters, t, running, measured):
+  def fire(u, parameters, known):
+    t, running, measured = known
     theta, _, width = _levels(dynamics.method, measured, running, parameters, t)
     return _fire(dynamics, u, theta, width)
 
-  def forth(v, inputs):
-    """One timestep; gives the membrane before it."""
-    x, *known = inputs
-    return fire(decay * v + x, parameters, *known)[1], v
+  @jit
+  def forth(v, x, known):
+    """One timestep: the membrane after it."""
+    return fire(decay * v + x, parameters, known)[1]
 
-  _, v = _unrolled(forth, v, (x, *known))
-
-  def back(carry, inputs):
-    """One timestep; gives the cotangent of the membrane before the reset."""
-    g_v, g_parameters, g_decay = carry
-    index, g_spikes, x, v, *known = inputs
+  @jit
+  def back(v, x, known, g_spikes, g_v):
+    """One timestep: the cotangents of u and of the parameters but decay."""
     # Late, so that u is not kept from `forth` either.
     u = decay * v + _late(x, g_spikes + g_v, measured)
-    _, pull = jax.vjp(lambda u, p: fire(u, p, *known), u, parameters)
-    g_u, g_here = pull((g_spikes, g_v))
-    g_parameters = jax.tree.map(jnp.add, g_parameters, g_here)
-    resting = dynamics.at_rest & (index == 0)
-    g_decay += jnp.where(resting, 0, jnp.sum(g_u * v))
-    return (decay * g_u, g_parameters, g_decay), g_u
+    _, pull = jax.vjp(lambda u, p: fire(u, p, known), u, parameters)
+    return pull((g_spikes, g_v))
 
-  # The indices are constants, which XLA folds.
-  (g_v, g_parameters, g_decay), g_u = _unrolled(
-    back,
-    (g_v, *jax.tree.map(jnp.zeros_like, (parameters, decay))),
-    (np.arange(len(x)), g_spikes, x, v, *known),
-    reverse=True,
-  )
+  before = [v]
+  for i in range(len(x) - 1):
+    after = forth(before[i], x[i], known[i])
+    before.append(_in_memory(after, never))
+
+  g_parameters, g_decay = jax.tree.map(jnp.zeros_like, (parameters, decay))
+  g_u = []
+  for i in reversed(range(len(x))):
+    g, g_here = back(before[i], x[i], known[i], g_spikes[i], g_v)
+    g_parameters = jax.tree.map(jnp.add, g_parameters, g_here)
+    if i:
+      g = _in_memory(g, never)
+    if i or not dynamics.at_rest:
+      g_decay += jnp.sum(g * before[i])
+    g_u.append(g)
+    g_v = decay * g
+
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
+  g_u.reverse()
+  g_u = _join([jnp.stack(g_u[i : i + 4]) for i in range(0, len(g_u), 4)])
   g_x, g_norm = pull_x(g_u)
   g_parameters = jax.tree.map(jnp.add, g_parameters, g_norm)
   return g_x, g_v, None, *pool(g_parameters), None
@@ -582,6 +609,27 @@ def _late(x, g, measured):
   # One value per example leaves a sharded batch where it is.
   first = g.reshape(len(g), -1)[:, 0]
   return jnp.where(first.reshape(-1, *[1] * (g.ndim - 1)) > never, 1, x)
+
+
+def _never(x, measured=None):
+  """False, which the compiler cannot know."""
+  scalar = x[(0,) * x.ndim] if measured is None else measured.std[-1]
+  return scalar > jnp.inf
+
+
+def _in_memory(a, never):
+  """a, written to memory by XLA's CPU compiler.
+
+  Else it may compute a anew in every loop that reads it, and in turn all that a
+  is made of: work that grows with the square of T. What a conditional takes has
+  to be in memory, and is not copied if nothing else reads it.
+  """
+  return lax.platform_dependent(
+    a,
+    never,
+    cpu=lambda a, never: lax.cond(never, jnp.negative, lambda a: a, a),
+    default=lambda a, never: a,
+  )
 
 
 def _vary_like(x, tree):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+import re
 
 import chex
 import jax
@@ -234,6 +235,45 @@ def test_keeps_no_membrane_for_the_backward_pass():
 
   assert arrays(64) < 40
   assert arrays(64, fused=False) > 128
+
+
+def layer_and_gradients(x, decay, learn_decay, **settings):
+  """Spikes and the cotangents of x, and of decay where it is learnt."""
+  run = lambda x, decay: neurons.run(x, Parameters(decay), **settings)[0]  # noqa: E731
+  spikes, pull = jax.vjp(run, x, decay)
+  return spikes, pull(x)[: 2 if learn_decay else 1]
+
+
+@pytest.mark.parametrize('method', ['ds_atgo', 'vanilla'])
+@pytest.mark.parametrize(
+  'run',
+  [
+    functools.partial(layer_and_gradients, learn_decay=True),
+    functools.partial(layer_and_gradients, learn_decay=False),
+    lambda x, decay, method: neurons.run(
+      x, Parameters(decay), method, running=Running(jnp.ones(len(x)))
+    )[0],
+  ],
+  ids=['PLIF', 'LIF', 'inference'],
+)
+def test_no_loop_holds_many_timesteps(run, method):
+  """XLA's CPU compiler would compute timestep t anew for each after it."""
+
+  def depth(num_steps):
+    """Operations in the longest chain within one loop of the program."""
+    x = jax.ShapeDtypeStruct((num_steps, 16, 512), jnp.float32)
+    decay = jax.ShapeDtypeStruct((), jnp.float32)
+    program = jax.jit(functools.partial(run, method=method)).lower(x, decay)
+    loops = program.compile().as_text().split('\nENTRY')[0]
+    depths = {}
+    for line in loops.splitlines():
+      if match := re.match(r' +(?:ROOT )?(%\S+) = .*? [a-z-]+\((.*?)\)', line):
+        name, operands = match.groups()
+        before = [depths[o] for o in re.findall(r'%[^\s,]+', operands)]
+        depths[name] = 1 + max(before, default=0)
+    return max(depths.values())
+
+  assert depth(16) < 1.5 * depth(4)
 
 
 @pytest.mark.parametrize('method', ['ds_atgo', 'tgo', 'learnable_threshold'])
