@@ -50,9 +50,15 @@ def training(num_steps, repeats):
   """Milliseconds of forward and backward at T, by name, and who is missing."""
   x, cotangent = array(0, num_steps), array(1, num_steps)
   w = np.float32(neurons.logit(0.2))
+
+  def lif(x, _):
+    return neurons.run(x)[0]
+
   functions = {
     'floor': in_jax(copy, x, cotangent, array(2, num_steps)),
     'dsatgo_jax': in_jax(there_and_back(layer()), x, cotangent, w),
+    'forward alone': in_jax(layer(), x, w),
+    'decay not learnt': in_jax(there_and_back(lif), x, cotangent, ()),
     'plain scan': in_jax(there_and_back(layer(fused=False)), x, cotangent, w),
   }
   missing = []

@@ -430,15 +430,21 @@ def _presynaptic(x, parameters):
 
 
 def _unrolled(body, v, xs):
-  """`lax.scan`, unrolled; every fourth membrane is in memory."""
+  """`lax.scan`, unrolled; between two parts the membrane is in memory."""
   x = xs[1]
-  never, parts = _never(x), []
-  for start in range(0, len(x), 4):
-    part = jax.tree.map(lambda a: a[start : start + 4], xs)  # noqa: B023
-    v, ys = lax.scan(body, v, part, unroll=True)
-    v = _in_memory(v, never)
-    parts.append(ys)
-  return v, _join(parts)
+  never, outputs = _never(x), []
+  for part in _parts(len(x)):
+    v, ys = lax.scan(body, v, jax.tree.map(lambda a: a[part], xs), unroll=True)  # noqa: B023
+    if ys[1].statistics is None:  # To be measured it was in memory.
+      v = _in_memory(v, never)
+    outputs.append(ys)
+  return v, _join(outputs)
+
+
+def _parts(num_steps):
+  """Slices of at most 5 timesteps, all of one length if that is possible."""
+  size = next((n for n in (5, 4, 3) if num_steps % n == 0), 5)
+  return [slice(i, i + size) for i in range(0, num_steps, size)]
 
 
 def _join(parts):
@@ -588,7 +594,7 @@ def _fused_backward(dynamics, residuals, cotangents):
 
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
   g_u.reverse()
-  g_u = _join([jnp.stack(g_u[i : i + 4]) for i in range(0, len(g_u), 4)])
+  g_u = _join([jnp.stack(g_u[part]) for part in _parts(len(g_u))])
   g_x, g_norm = pull_x(g_u)
   g_parameters = jax.tree.map(jnp.add, g_parameters, g_norm)
   return g_x, g_v, None, *pool(g_parameters), None
