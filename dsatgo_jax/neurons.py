@@ -429,16 +429,17 @@ def _presynaptic(x, parameters):
   return x if parameters.norm is None else parameters.norm(x)
 
 
-def _unrolled(body, v, xs):
-  """`lax.scan`, unrolled; between two parts the membrane is in memory."""
-  x = xs[1]
-  never, outputs = _never(x), []
+def _unrolled(body, v, xs, binary):
+  """`lax.scan`, unrolled; `binary` says that spikes are 0 or 1."""
+  x, outputs = xs[1], []
   for part in _parts(len(x)):
     v, ys = lax.scan(body, v, jax.tree.map(lambda a: a[part], xs), unroll=True)  # noqa: B023
-    if ys[1].statistics is None:  # To be measured it was in memory.
-      v = _in_memory(v, never)
     outputs.append(ys)
-  return v, _join(outputs)
+  spikes, record = _join(outputs)
+  if binary and len(x) > 4 and record.statistics is None:
+    single = [s for spikes, _ in outputs for s in spikes]
+    spikes = _through_bits(single, _never(x))
+  return v, (spikes, record)
 
 
 def _parts(num_steps):
@@ -534,7 +535,10 @@ def _chunked(dynamics, x, v, t, parameters, running):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(dynamics, x, v, t, parameters, running):
   """The scan, with a backward pass that keeps x and the statistics alone."""
-  return _scanned(_unrolled, dynamics, x, v, t, parameters, running)
+  # A surrogate of one's own might not be the step that it should be.
+  binary = hasattr(dynamics.surrogate, 'gradient')
+  scan = functools.partial(_unrolled, binary=binary)
+  return _scanned(scan, dynamics, x, v, t, parameters, running)
 
 
 def _fused_forward(dynamics, x, v, t, parameters, running):
@@ -621,6 +625,30 @@ def _never(x, measured=None):
   """False, which the compiler cannot know."""
   scalar = x[(0,) * x.ndim] if measured is None else measured.std[-1]
   return scalar > jnp.inf
+
+
+def _through_bits(spikes, never):
+  """Stacks spikes, on CPU from one array with a bit for each timestep.
+
+  XLA's CPU compiler writes one array with each loop, and computes all timesteps
+  up to t for the spikes of t. One loop computes all the bits. Where membranes
+  are measured they are in memory, and nothing is computed again.
+  """
+
+  def stack(spikes, _):
+    return _join([jnp.stack(spikes[part]) for part in _parts(len(spikes))])
+
+  def by_bits(spikes, never):
+    bits = functools.reduce(
+      jnp.bitwise_or,
+      [(s != 0).astype(jnp.uint16) << i for i, s in enumerate(spikes)],
+    )
+    bits = _in_memory(bits, never)
+    dtype = spikes[0].dtype
+    spikes = [(bits >> i & 1).astype(dtype) for i in range(len(spikes))]
+    return stack(spikes, never)
+
+  return lax.platform_dependent(spikes, never, cpu=by_bits, default=stack)
 
 
 def _in_memory(a, never):
