@@ -6,11 +6,16 @@ Forward and backward of a layer on `[T, 16, 32, 32, 64]` float32, in
 milliseconds: medians of interleaved repeats. The floor is what a layer must
 move: input, cotangent and one saved array in, spikes, the saved array and the
 input's cotangent out; the time of a jitted program that only copies the three
-to three others. The other libraries' neurons have a fixed threshold and measure
-nothing; `pip install -e '.[bench]'` installs them.
+to three others. Each process finds memory in another state, and the ratio to
+the floor differs with it; so it is taken in several fresh processes, too. The
+other libraries' neurons have a fixed threshold and measure nothing; `pip
+install -e '.[bench]'` installs them.
 """
 
+import concurrent.futures
 import math
+import multiprocessing
+import statistics
 import time
 
 import jax
@@ -23,6 +28,7 @@ from dsatgo_jax import neurons
 
 SHAPE = (16, 32, 32, 64)
 STEPS = (2, 4, 10)
+PROCESSES = 5
 
 
 def array(seed, num_steps, shape=SHAPE):
@@ -46,7 +52,7 @@ def layer(**settings):
   return run
 
 
-def training(num_steps, repeats):
+def training(num_steps, repeats, peers=PEERS):
   """Milliseconds of forward and backward at T, by name, and who is missing."""
   x, cotangent = array(0, num_steps), array(1, num_steps)
   w = np.float32(neurons.logit(0.2))
@@ -62,7 +68,7 @@ def training(num_steps, repeats):
     'plain scan': in_jax(there_and_back(layer(fused=False)), x, cotangent, w),
   }
   missing = []
-  for name, peer in PEERS.items():
+  for name, peer in peers.items():
     try:
       functions[name] = peer(x, cotangent)
     except ImportError:
@@ -106,6 +112,34 @@ def growth(repeats):
   return rows
 
 
+def times_the_floor(repeats):
+  """What the layer takes in this process, `{(what, T): ratio}`."""
+  times = {
+    ('training', t): training(t, repeats, peers={})[0] for t in STEPS
+  } | {('inference', t): inference(t, repeats) for t in STEPS}
+  return {key: ratios(row, 'floor')['dsatgo_jax'] for key, row in times.items()}
+
+
+def spread(arguments):
+  """Median and range of `times_the_floor` in fresh processes."""
+  with concurrent.futures.ProcessPoolExecutor(
+    max_workers=1,
+    mp_context=multiprocessing.get_context('spawn'),
+    initializer=timing.keep_pages if arguments.keep_pages else None,
+    max_tasks_per_child=1,
+  ) as pool:
+    found = list(pool.map(times_the_floor, PROCESSES * [arguments.repeats]))
+  rows = {}
+  for key in found[0]:
+    values = [one[key] for one in found]
+    rows['{}, T = {}'.format(*key)] = {
+      'median': statistics.median(values),
+      'least': min(values),
+      'most': max(values),
+    }
+  return rows
+
+
 def ratios(times, base):
   """Each time in units of another's."""
   return {name: value / times[base] for name, value in times.items()}
@@ -128,6 +162,12 @@ def measure(arguments):
       }
       rows = {name: {t: shown[t].get(name) for t in STEPS} for name in names}
       timing.table(f'{part}, {title}, at T =', rows, STEPS)
+  results['spread'] = spread(arguments)
+  timing.table(
+    f'times the floor, in {PROCESSES} processes',
+    results['spread'],
+    ('median', 'least', 'most'),
+  )
   for name in results['missing']:
     print(f'{name}: not installed')
   results['growth'] = growth(arguments.repeats)

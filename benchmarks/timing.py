@@ -51,12 +51,12 @@ def table(title, rows, columns):
   """Prints `{row: {column: number}}` as a table."""
   print(f'\n{title}')
   width = max(map(len, rows)) + 2
-  print(' ' * width + ''.join(f'{column!s:>12}' for column in columns))
+  print(' ' * width + ''.join(f'{column!s:>15}' for column in columns))
   for name, row in rows.items():
     cells = (row.get(column) for column in columns)
     print(
       f'{name:{width}}'
-      + ''.join(f'{"-" if c is None else format(c, ".2f"):>12}' for c in cells)
+      + ''.join(f'{"-" if c is None else format(c, ".2f"):>15}' for c in cells)
     )
 
 
