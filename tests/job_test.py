@@ -241,6 +241,7 @@ def test_a_run_that_was_stopped_resumes_exactly(finished, npz, tmp_path, how):
 
 
 @pytest.mark.slow
+@pytest.mark.sample
 def test_two_processes_train_as_one(npz, tmp_path):
   args = (*TINY, npz, '--config.num_workers=1')
   run('main', *args, f'--workdir={tmp_path / "one"}', JAX_NUM_CPU_DEVICES='2')

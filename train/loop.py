@@ -312,6 +312,9 @@ def pmapped(step, **options):
 
 def compiled(step):
   """Returns a mapped step that is compiled, at its first call, for the job."""
+  if jax.process_count() > 1:
+    # Compiled beforehand, it would expect the shapes of all processes together.
+    return step
   programs = []
 
   def run(*arguments):
