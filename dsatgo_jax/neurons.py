@@ -448,6 +448,11 @@ def _parts(num_steps):
   return [slice(i, i + size) for i in range(0, num_steps, size)]
 
 
+def _stack(arrays):
+  """Stacks one array a timestep."""
+  return _join([jnp.stack(arrays[part]) for part in _parts(len(arrays))])
+
+
 def _join(parts):
   """Concatenates trees in time; the last may be shorter than the others.
 
@@ -597,9 +602,7 @@ def _fused_backward(dynamics, residuals, cotangents):
     g_v = decay * g
 
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
-  g_u.reverse()
-  g_u = _join([jnp.stack(g_u[part]) for part in _parts(len(g_u))])
-  g_x, g_norm = pull_x(g_u)
+  g_x, g_norm = pull_x(_stack(g_u[::-1]))
   g_parameters = jax.tree.map(jnp.add, g_parameters, g_norm)
   return g_x, g_v, None, *pool(g_parameters), None
 
@@ -615,10 +618,10 @@ def _late(x, g, measured):
   pass and keep it until then; its CPU compiler does so across the barriers of
   `jax.checkpoint`, too.
   """
-  never = jnp.inf if measured is None else jnp.inf * measured.std[-1]
+  bound = jnp.inf if measured is None else jnp.inf * measured.std[-1]
   # One value per example leaves a sharded batch where it is.
   first = g.reshape(len(g), -1)[:, 0]
-  return jnp.where(first.reshape(-1, *[1] * (g.ndim - 1)) > never, 1, x)
+  return jnp.where(first.reshape(-1, *[1] * (g.ndim - 1)) > bound, 1, x)
 
 
 def _never(x, measured=None):
@@ -635,9 +638,6 @@ def _through_bits(spikes, never):
   are measured they are in memory, and nothing is computed again.
   """
 
-  def stack(spikes, _):
-    return _join([jnp.stack(spikes[part]) for part in _parts(len(spikes))])
-
   def by_bits(spikes, never):
     bits = functools.reduce(
       jnp.bitwise_or,
@@ -645,10 +645,11 @@ def _through_bits(spikes, never):
     )
     bits = _in_memory(bits, never)
     dtype = spikes[0].dtype
-    spikes = [(bits >> i & 1).astype(dtype) for i in range(len(spikes))]
-    return stack(spikes, never)
+    return _stack([(bits >> i & 1).astype(dtype) for i in range(len(spikes))])
 
-  return lax.platform_dependent(spikes, never, cpu=by_bits, default=stack)
+  return lax.platform_dependent(
+    spikes, never, cpu=by_bits, default=lambda spikes, never: _stack(spikes)
+  )
 
 
 def _in_memory(a, never):

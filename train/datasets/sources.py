@@ -78,7 +78,8 @@ def from_tfds(name, data_dir=None):
     data_dir: where TFDS keeps its datasets, None for its default.
 
   Raises:
-    ValueError: for an unknown name, or saying what it takes to prepare it.
+    ValueError: for an unknown name, or saying what it takes to prepare it; for
+      one prepared in a format without random access, or with other features.
   """
   data_dir = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
   make = functools.partial(
@@ -99,7 +100,7 @@ def from_tfds(name, data_dir=None):
   test = 'validation' if name.startswith('imagenet2012') else 'test'
   try:
     train, test = _read(builder, 'train'), _read(builder, test)
-  except NotImplementedError as error:  # In a format without random access.
+  except NotImplementedError as error:  # TFDS's word for such a format.
     raise ValueError(str(error)) from error
   return train, test, features['label'].num_classes
 
