@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatgo_jax import (
+  dynamics,
   linen,
   losses,
   methods,
@@ -231,7 +232,7 @@ FUNCTIONS = {
   'neurons.run': neurons.run,
   'neurons.step': lambda x: neurons.step(None, x),
   'neurons.layer': of_layer,
-  'neurons.at_rest': neurons.at_rest,
+  'dynamics.at_rest': dynamics.at_rest,
   'tdbn.measure': tdbn.measure,
   'tdbn.affine': lambda x: tdbn.affine(*tdbn.measure(x), x[0, 0], 0.5)(x),
   'tdbn.unbiased': lambda x: tdbn.unbiased(tdbn.measure(x)[1], x),
@@ -267,12 +268,17 @@ OF_SETTINGS = {
   'threshold.is_measured',
   'threshold.unmeasured',
 }
+# What `neurons.run` is made of; tested through it.
+PARTS = {
+  f'dynamics.{name}'
+  for name in ('fire', 'levels', 'plain', 'presynaptic', 'scanned', 'timesteps')
+}
 
 
 def test_no_public_function_is_forgotten():
   modules = (
-    surrogate, statistics, threshold, width, methods, neurons, tdbn, losses,
-    time_axis, linen, snnx,
+    surrogate, statistics, threshold, width, methods, dynamics, neurons, tdbn,
+    losses, time_axis, linen, snnx,
   )  # fmt: skip
   public = {
     f'{module.__name__.rpartition(".")[2]}.{name}'
@@ -281,7 +287,7 @@ def test_no_public_function_is_forgotten():
     if callable(value) and getattr(value, '__module__', '') == module.__name__
     if not name.startswith('_') and not hasattr(value, '_fields')
   }
-  assert public == FUNCTIONS.keys() | OF_SETTINGS
+  assert public == FUNCTIONS.keys() | OF_SETTINGS | PARTS
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

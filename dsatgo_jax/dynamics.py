@@ -1,0 +1,201 @@
+"""The equations of one timestep, what a neuron carries, and the plain scan.
+
+    u[t] = decay * v[t-1] + x[t]                    integrate [eq 2]
+    theta[t], width[t]                              the method's rules [eq 5, 7]
+    s[t] = 1 if u[t] >= theta[t] else 0             fire [eq 3]
+    v[t] = u[t] * (1 - s[t])                        hard reset
+    v[t] = u[t] - theta[t] * s[t]                   soft reset
+
+LIF has a fixed `decay`, PLIF learns it as `sigmoid(w)`; to the functions here
+it is a number in `Parameters`. Membrane, statistics and thresholds are at least
+float32 whatever the input's dtype is.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dsatgo_jax import methods, statistics, tdbn
+from dsatgo_jax.threshold import is_measured
+
+
+class NeuronState(NamedTuple):
+  """What a layer carries from one timestep to the next.
+
+  Attributes:
+    v: membrane potentials after the reset, [B, ...].
+    t: the index of the next timestep, an int32 scalar.
+  """
+
+  v: jax.Array
+  t: jax.Array
+
+
+class Parameters(NamedTuple):
+  """The numbers of a neuron; scalars, traced or not.
+
+  Attributes:
+    decay: the share of the membrane that is retained.
+    v_th: the threshold's base value.
+    f_c: the firing-rate factor.
+    width: the surrogate's base width, `kappa_0`.
+    tdbn_scale: the scale of the tdBN that feeds the neuron, [C]; `mpd_agl`.
+    norm: a `tdbn.Affine` that x is yet to go through; None for none.
+  """
+
+  decay: Any = 0.2
+  v_th: Any = 1.0
+  f_c: Any = 1.0
+  width: Any = 1.0
+  tdbn_scale: Any = None
+  norm: tdbn.Affine | None = None
+
+
+class Running(NamedTuple):
+  """Running averages that inference takes in the place of measured values.
+
+  Attributes:
+    threshold: [T], or None for a threshold that is not measured.
+    signal: [T], or None where the width's signal is the threshold itself or is
+      not measured.
+  """
+
+  threshold: jax.Array | None = None
+  signal: jax.Array | None = None
+
+
+class Record(NamedTuple):
+  """What happened at each timestep, scalars ([T] after a scan).
+
+  Attributes:
+    theta: the threshold in force.
+    signal: what the width follows, or None.
+    width: the surrogate's width.
+    statistics: mean and standard deviation of the membrane, or None where
+      nothing was measured.
+    firing_rate: the share of neurons that fired, or None if not recorded.
+    gradient_share: the share of neurons inside the gradient window, `abs(u -
+      theta) < width / 2`, or None if not recorded.
+  """
+
+  theta: jax.Array
+  signal: jax.Array | None
+  width: jax.Array
+  statistics: statistics.Statistics | None
+  firing_rate: jax.Array | None
+  gradient_share: jax.Array | None
+
+  def scalars(self) -> dict[str, jax.Array]:
+    """All that was recorded, by name; the statistics as `mean` and `std`."""
+    named = self._asdict()
+    del named['signal']
+    return named | named.pop('statistics')._asdict()
+
+
+class Settings(NamedTuple):
+  """What is fixed when a neuron is built."""
+
+  method: methods.Method
+  surrogate: Callable
+  reset: str
+  detach_reset: bool
+  axis_name: Any
+  dtype: Any
+  record: bool
+  at_rest: bool
+
+
+def at_rest(x: jax.Array) -> NeuronState:
+  """The state before the first timestep.
+
+  Args:
+    x: pre-synaptic input of one timestep, [B, ...].
+
+  Returns:
+    `NeuronState`, its membrane zero and at least float32.
+  """
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return NeuronState(jnp.zeros_like(x, dtype), jnp.zeros((), jnp.int32))
+
+
+def plain(settings, x, *rest):
+  """The scan; differentiated by JAX."""
+  scan = functools.partial(lax.scan, unroll=len(x) <= 16)
+  return scanned(scan, settings, x, *rest)
+
+
+def scanned(scan, settings, x, v, t, parameters, running):
+  """All timesteps, by `lax.scan` or a function that does what it does."""
+  method = settings.method
+
+  def body(v, inputs):
+    t, x, running = inputs
+    u = parameters.decay * v + x
+    measured = None
+    if settings.record or (
+      running is None
+      and (is_measured(method.threshold) or is_measured(method.signal))
+    ):
+      measured = statistics.measure(u, settings.axis_name)
+    theta, signal, width = levels(method, measured, running, parameters, t)
+    spikes, v = fire(settings, u, theta, width)
+    shares = (None, None)
+    if settings.record:
+      inside = jnp.abs(u - theta) < width / 2
+      shares = [
+        _share(a, settings.axis_name, u.dtype) for a in (spikes != 0, inside)
+      ]
+    return v, (spikes, Record(theta, signal, width, measured, *shares))
+
+  inputs = (timesteps(t, x), presynaptic(x, parameters), running)
+  v, (spikes, record) = scan(body, v, inputs)
+  return spikes, v, record
+
+
+def presynaptic(x, parameters):
+  """What is added to the membrane: x, in the membrane's dtype, normalised."""
+  x = x.astype(parameters.decay.dtype)
+  return x if parameters.norm is None else parameters.norm(x)
+
+
+def timesteps(t, x):
+  """The indices of x's timesteps."""
+  return t + np.arange(len(x), dtype=np.int32)
+
+
+def levels(method, measured, running, parameters, t):
+  """Threshold, width signal and width at one timestep."""
+
+  def level(rule, average):
+    if running is not None and is_measured(rule):
+      return average
+    return rule(measured if is_measured(rule) else None, parameters, t)
+
+  average = Running() if running is None else running
+  theta = level(method.threshold, average.threshold)
+  if method.signal is None:
+    signal = None
+  elif method.signal is method.threshold:
+    signal = theta
+  else:
+    signal = level(method.signal, average.signal)
+  width = method.width(lax.stop_gradient(signal), parameters, t)
+  return theta, signal, width
+
+
+def fire(settings, u, theta, width):
+  """Spikes, and the membrane after the reset."""
+  spikes = settings.surrogate(u - theta, width)
+  fired = lax.stop_gradient(spikes) if settings.detach_reset else spikes
+  v = u * (1 - fired) if settings.reset == 'hard' else u - theta * fired
+  return spikes.astype(settings.dtype), v
+
+
+def _share(mask, axis_name, dtype):
+  share = jnp.mean(mask, dtype=dtype)
+  return share if axis_name is None else lax.pmean(share, axis_name)

@@ -1,0 +1,135 @@
+"""The scan with a backward pass of its own.
+
+It keeps x and the statistics alone and computes the rest from them again,
+beyond 16 timesteps in chunks of about sqrt(T) / 2, whose first membranes it
+keeps. The derivatives are the plain scan's, at any order of reverse mode.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsatgo_jax import dynamics, xla
+
+
+def run(settings, x, v, t, parameters, running):
+  """The scan, beyond 16 timesteps in chunks of about sqrt(T) / 2."""
+  num_steps = len(x)
+  if num_steps <= 16:
+    return _fused(settings, x, v, t, parameters, running)
+  most = max(4, math.isqrt(num_steps) // 2)
+  divisors = (n for n in range(most, most // 2, -1) if num_steps % n == 0)
+  size = next(divisors, most)
+  end = num_steps - num_steps % size
+  settings = settings._replace(at_rest=False)
+
+  def chunk(carry, inputs):
+    v, t = carry
+    x, running = inputs
+    spikes, v, record = _fused(settings, x, v, t, parameters, running)
+    return (v, t + len(x)), (spikes, record)
+
+  carry, outputs = lax.scan(
+    chunk,
+    (v, t),
+    jax.tree.map(
+      lambda a: a[:end].reshape(-1, size, *a.shape[1:]), (x, running)
+    ),
+  )
+  outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
+  if end < num_steps:
+    rest = jax.tree.map(lambda a: a[end:], (x, running))
+    carry, last = chunk(carry, rest)
+    outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
+  return outputs[0], carry[0], outputs[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(settings, x, v, t, parameters, running):
+  """The scan, with a backward pass that keeps x and the statistics alone."""
+  # A surrogate of one's own might not be the step that it should be.
+  binary = hasattr(settings.surrogate, 'gradient')
+  scan = functools.partial(_unrolled, binary=binary)
+  return dynamics.scanned(scan, settings, x, v, t, parameters, running)
+
+
+def _forward(settings, x, v, t, parameters, running):
+  outputs = _fused(settings, x, v, t, parameters, running)
+  measured = outputs[2].statistics
+  return outputs, (x, v, t, parameters, running, measured)
+
+
+def _backward(settings, residuals, cotangents):
+  x, v, t, parameters, running, measured = residuals
+  g_spikes, g_v, _ = cotangents
+  parameters, pool = jax.vjp(functools.partial(xla.vary_like, x), parameters)
+  decay = parameters.decay
+  x, pull_x = jax.vjp(
+    dynamics.presynaptic, xla.late(x, g_spikes[-1] + g_v, measured), parameters
+  )
+  known = (dynamics.timesteps(t, x), running, measured)
+  known = [jax.tree.map(lambda a: a[i], known) for i in range(len(x))]  # noqa: B023
+  never = xla.never(x, measured)
+  # Traced once, whatever T is.
+  jit = functools.partial(jax.jit, inline=True)
+
+  def fire(u, parameters, known):
+    t, running, measured = known
+    theta, _, width = dynamics.levels(
+      settings.method, measured, running, parameters, t
+    )
+    return dynamics.fire(settings, u, theta, width)
+
+  @jit
+  def forth(v, x, known):
+    """One timestep: the membrane after it."""
+    return fire(decay * v + x, parameters, known)[1]
+
+  @jit
+  def back(v, x, known, g_spikes, g_v):
+    """One timestep: the cotangents of u and of the parameters but decay."""
+    # Late, so that u is not kept from `forth` either.
+    u = decay * v + xla.late(x, g_spikes + g_v, measured)
+    _, pull = jax.vjp(lambda u, p: fire(u, p, known), u, parameters)
+    return pull((g_spikes, g_v))
+
+  before = [v]
+  for i in range(len(x) - 1):
+    after = forth(before[i], x[i], known[i])
+    before.append(xla.in_memory(after, never))
+
+  g_parameters, g_decay = jax.tree.map(jnp.zeros_like, (parameters, decay))
+  g_u = []
+  for i in reversed(range(len(x))):
+    g, g_here = back(before[i], x[i], known[i], g_spikes[i], g_v)
+    g_parameters = jax.tree.map(jnp.add, g_parameters, g_here)
+    if i:
+      g = xla.in_memory(g, never)
+    if i or not settings.at_rest:
+      g_decay += jnp.sum(g * before[i])
+    g_u.append(g)
+    g_v = decay * g
+
+  g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
+  g_x, g_norm = pull_x(xla.stack(g_u[::-1]))
+  g_parameters = jax.tree.map(jnp.add, g_parameters, g_norm)
+  return g_x, g_v, None, *pool(g_parameters), None
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def _unrolled(body, v, xs, binary):
+  """`lax.scan`, unrolled; `binary` says that spikes are 0 or 1."""
+  x, outputs = xs[1], []
+  for part in xla.parts(len(x)):
+    v, ys = lax.scan(body, v, jax.tree.map(lambda a: a[part], xs), unroll=True)  # noqa: B023
+    outputs.append(ys)
+  spikes, record = xla.join(outputs)
+  if binary and len(x) > 4 and record.statistics is None:
+    single = [s for spikes, _ in outputs for s in spikes]
+    spikes = xla.through_bits(single, xla.never(x))
+  return v, (spikes, record)

@@ -1,0 +1,102 @@
+"""What compilers must be told, and why.
+
+XLA's CPU compiler writes one array with each loop and computes what it has not
+written again in every loop that reads it; and what was computed for the forward
+pass it keeps for the backward pass where that computes it once more. What is
+said here changes no number.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def parts(num_steps):
+  """Slices of at most 5 timesteps, all of one length if that is possible."""
+  size = next((n for n in (5, 4, 3) if num_steps % n == 0), 5)
+  return [slice(i, i + size) for i in range(0, num_steps, size)]
+
+
+def stack(arrays):
+  """Stacks one array a timestep."""
+  return join([jnp.stack(arrays[part]) for part in parts(len(arrays))])
+
+
+def join(parts):
+  """Concatenates trees in time; the last may be shorter than the others.
+
+  XLA's CPU compiler computes up to 8 arrays where their concatenation is to be;
+  more it copies. It makes one of nested ones, unless a reshape is between.
+  """
+  lengths = [len(jax.tree.leaves(part)[0]) for part in parts]
+  whole = lengths.count(lengths[0])
+  joined = jax.tree.map(
+    lambda *a: jnp.stack(a).reshape(-1, *a[0].shape[1:]), *parts[:whole]
+  )
+  return jax.tree.map(lambda *a: jnp.concatenate(a), joined, *parts[whole:])
+
+
+def late(x, g, measured):
+  """x, but to the compiler something else in the backward pass.
+
+  What is made of it can then be computed only when the cotangent g [B, ...]
+  and the last statistics are known. Else XLA would take it from the forward
+  pass and keep it until then; its CPU compiler does so across the barriers of
+  `jax.checkpoint`, too.
+  """
+  bound = jnp.inf if measured is None else jnp.inf * measured.std[-1]
+  # One value per example leaves a sharded batch where it is.
+  first = g.reshape(len(g), -1)[:, 0]
+  return jnp.where(first.reshape(-1, *[1] * (g.ndim - 1)) > bound, 1, x)
+
+
+def never(x, measured=None):
+  """False, which the compiler cannot know."""
+  scalar = x[(0,) * x.ndim] if measured is None else measured.std[-1]
+  return scalar > jnp.inf
+
+
+def through_bits(spikes, never):
+  """Stacks spikes, on CPU from one array with a bit for each timestep.
+
+  XLA's CPU compiler writes one array with each loop, and computes all timesteps
+  up to t for the spikes of t. One loop computes all the bits. Where membranes
+  are measured they are in memory, and nothing is computed again.
+  """
+
+  def by_bits(spikes, never):
+    bits = functools.reduce(
+      jnp.bitwise_or,
+      [(s != 0).astype(jnp.uint16) << i for i, s in enumerate(spikes)],
+    )
+    bits = in_memory(bits, never)
+    dtype = spikes[0].dtype
+    return stack([(bits >> i & 1).astype(dtype) for i in range(len(spikes))])
+
+  return lax.platform_dependent(
+    spikes, never, cpu=by_bits, default=lambda spikes, never: stack(spikes)
+  )
+
+
+def in_memory(a, never):
+  """a, written to memory by XLA's CPU compiler.
+
+  Else it may compute a anew in every loop that reads it, and in turn all that a
+  is made of: work that grows with the square of T. What a conditional takes has
+  to be in memory, and is not copied if nothing else reads it.
+  """
+  return lax.platform_dependent(
+    a,
+    never,
+    cpu=lambda a, never: lax.cond(never, jnp.negative, lambda a: a, a),
+    default=lambda a, never: a,
+  )
+
+
+def vary_like(x, tree):
+  """Makes a tree vary over the mesh axes that x varies over (`shard_map`)."""
+  return jax.tree.map(
+    lambda a: a + jnp.zeros_like(x, dtype=a.dtype, shape=()), tree
+  )
