@@ -1,16 +1,21 @@
-"""The networks: published sizes, shapes layer by layer, finite gradients."""
+"""The networks: published sizes, shapes layer by layer, starts, gradients."""
 
 import functools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import traverse_util
+from scipy import stats
 
-from dsatgo_jax import losses, models
+from dsatgo_jax import convert, losses, models
 from dsatgo_jax.methods import METHODS
+
+REFERENCE = pathlib.Path(__file__).parent / 'testdata' / 'resnet19_narrow.npz'
 
 # Narrowed copies, and images for them.
 NARROW = {
@@ -139,6 +144,67 @@ def test_output_shapes_layer_by_layer(net, shape, layers):
   assert outputs.keys() - {'__call__'} == layers.keys()
 
 
+# How they start.
+
+
+def check_start(params, scale):
+  """Every leaf against the distribution that the authors' program draws from.
+
+  Args:
+    params: of a network.
+    scale: of its tdBN, alpha * v_th.
+  """
+  params = traverse_util.flatten_dict(params)
+  for path, leaf in params.items():
+    leaf = np.asarray(leaf, np.float64)
+    exact = {'w': -math.log(4), 'scale': scale, 'bias': 0.0}
+    kernel = np.shape(params.get((*path[:-1], 'kernel')))
+    if len(kernel) == 4:  # A convolution, [h, w, in, out].
+      height, width, _, fan_out = kernel
+      deviation = math.sqrt(2 / (height * width * fan_out))
+      start = stats.norm(scale=deviation)
+    elif kernel:  # A dense layer, [in, out]; its bias likewise.
+      bound = 1 / math.sqrt(kernel[0])
+      start = stats.uniform(-bound, 2 * bound)
+      assert np.abs(leaf).max() <= bound * (1 + 1e-6), path
+    else:
+      np.testing.assert_allclose(leaf, exact[path[-1]], rtol=1e-6)
+      continue
+    values = leaf.ravel()[:: max(1, leaf.size // 50_000)]
+    assert stats.kstest(values, start.cdf).pvalue > 1e-3, path
+    error = start.std() * math.sqrt(2 / leaf.size)
+    assert leaf.std() == pytest.approx(start.std(), abs=4 * error), path
+    assert leaf.mean() == pytest.approx(0, abs=6 * error), path
+
+
+@pytest.mark.parametrize(
+  'network, shape, dense',
+  [
+    (models.ResNet19, (32, 32, 3), {'head/layer/kernel', 'classifier/kernel'}),
+    (models.VGGSNN, (48, 48, 2), {'classifier/kernel'}),
+    (models.SEWResNet18, (64, 64, 3), {'classifier/kernel'}),
+  ],
+)
+def test_start_is_that_of_the_authors_program(network, shape, dense):
+  net = network(num_classes=1000, alpha=1.5, v_th=0.5)
+  params = init(net, jnp.zeros((1, *shape)))['params']
+  check_start(params, 0.75)
+  kernels = traverse_util.flatten_dict(params, sep='/').items()
+  ranks = {name: leaf.ndim for name, leaf in kernels if 'kernel' in name}
+  assert {name for name, rank in ranks.items() if rank == 2} == dense
+
+
+def test_the_authors_own_start_passes_the_same_check():
+  start = {
+    name.removeprefix('init.'): array
+    for name, array in np.load(REFERENCE).items()
+    if name.startswith('init.')
+  }
+  net = models.ResNet19(**convert.settings(start))
+  template = init(net, images((2, 8, 8, 3)))
+  check_start(convert.from_torch(start, template)['params'], 1.0)
+
+
 # Narrowed copies.
 
 
@@ -173,7 +239,7 @@ def test_an_image_is_encoded_once(make, shape):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * scale)
 
   jax.tree.map(close, once, repeated)
-  for _ in range(20):
+  for _ in range(60):
     variables |= train_step(net, variables, x)[1]
   apply = jax.jit(net.apply)
   assert apply(variables, x).any()

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dsatgo_jax import initializers, methods, neurons, surrogate
 from dsatgo_jax import linen as snn
-from dsatgo_jax import methods, neurons, surrogate
 
 
 class Parts(NamedTuple):
@@ -61,7 +61,7 @@ class Network(nn.Module):
     }
     return Parts(
       partial(snn.Conv, use_bias=False, **kinds),
-      partial(snn.Dense, **kinds),
+      partial(snn.Dense, kernel_init=initializers.dense_kernel, **kinds),
       partial(
         snn.TdBatchNorm,
         alpha=self.alpha,

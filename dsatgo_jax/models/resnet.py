@@ -10,6 +10,7 @@ from functools import partial
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dsatgo_jax import initializers
 from dsatgo_jax import linen as snn
 from dsatgo_jax.models.network import Network, Parts, Spiking
 
@@ -100,7 +101,8 @@ class SEWResNet18(Network):
     x = snn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     x = _stages(x, self.planes, self.stage_sizes, parts)
     x = jnp.mean(x, axis=(-3, -2))
-    return parts.dense(self.num_classes, name='classifier')(x)
+    bias = initializers.dense_bias(x.shape[-1])
+    return parts.dense(self.num_classes, bias_init=bias, name='classifier')(x)
 
 
 class SEWResNet34(SEWResNet18):

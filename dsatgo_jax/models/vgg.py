@@ -5,6 +5,7 @@ from functools import partial
 
 from flax import linen as nn
 
+from dsatgo_jax import initializers
 from dsatgo_jax import linen as snn
 from dsatgo_jax.models.network import Network, Spiking
 
@@ -50,7 +51,8 @@ class VGGSNN(Network):
         index += 1
       x = snn.avg_pool(x, (2, 2), strides=(2, 2))
     x = x.reshape(*x.shape[:2], -1)
-    return parts.dense(self.num_classes, name='classifier')(x)
+    bias = initializers.dense_bias(x.shape[-1])
+    return parts.dense(self.num_classes, bias_init=bias, name='classifier')(x)
 
 
 class ConvNet(VGGSNN):
