@@ -138,7 +138,8 @@ def test_evaluation_crops_only_where_training_resizes():
 
 
 @pytest.mark.parametrize(
-  'policy', [augment.CIFAR10_POLICY, augment.IMAGENET_POLICY]
+  'policy',
+  [augment.CIFAR10_POLICY, augment.AUTHORS_POLICY, augment.IMAGENET_POLICY],
 )
 def test_policies_are_25_pairs(policy):
   assert len(policy) == 25
@@ -179,10 +180,11 @@ def test_policies_are_the_published_ones(
   assert policy[0] == first and policy[-1] == last
 
 
-def operate(name, image, magnitude, sign=1):
+def operate(name, image, magnitude, sign=1, operations=augment.OPERATIONS):
   """The operation at a magnitude, as `autoaugment` applies it."""
-  rng = Scripted(0, 0.0, *([sign] if augment.OPERATIONS[name][2] else []))
-  return augment.autoaugment(image, rng, (((name, 1.0, magnitude),),))
+  rng = Scripted(0, 0.0, *([sign] if operations[name][2] else []))
+  policy = (((name, 1.0, magnitude),),)
+  return augment.autoaugment(image, rng, policy, operations)
 
 
 def grey(*values):
@@ -251,6 +253,40 @@ def test_geometric_operations_by_hand():
   assert turned[0, 0] == turned[-1, -1] == 128 and turned[10, 10] == 9
 
 
+@pytest.mark.parametrize(
+  'name', ['Contrast', 'Color', 'Brightness', 'Sharpness']
+)
+def test_magnitude_zero_leaves_an_image_as_it_is(name):
+  image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+  np.testing.assert_array_equal(operate(name, image, 0), image)
+
+
+def test_what_differs_in_the_authors_program():
+  theirs = augment.AUTHORS_OPERATIONS
+  changed = {
+    name for name in theirs if theirs[name] != augment.OPERATIONS[name]
+  }
+  assert changed == {'ShearX', 'ShearY', 'Rotate'}
+  image = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
+  # Neither sign nor side is drawn: 20 degrees anticlockwise.
+  turned = operate('Rotate', image, 6, operations=theirs)
+  np.testing.assert_array_equal(turned, operate('Rotate', image, 6, 1))
+  assert (turned != operate('Rotate', image, 6, -1)).any()
+  # Row 5 looks 0.3 * 5.5 pixels further right: between two, or at the nearer.
+  ramp = np.arange(0, 200, 10, np.uint8)[None, :, None].repeat(20, axis=0)
+  for axes, name in ((0, 1, 2), 'ShearX'), ((1, 0, 2), 'ShearY'):
+    for operations, shift in (theirs, 15), (augment.OPERATIONS, 20):
+      sheared = operate(name, ramp.transpose(axes), 9, operations=operations)
+      row = sheared.transpose(axes)[5, 2:16, 0]
+      np.testing.assert_array_equal(row, ramp[5, 2:16, 0] + shift)
+  rows = zip(augment.CIFAR10_POLICY, augment.AUTHORS_POLICY, strict=True)
+  ((number, theirs),) = (
+    (n, row) for n, (ours, row) in enumerate(rows, 1) if ours != row
+  )
+  assert number == 17
+  assert theirs == (('Equalize', 0.2, 8), ('Equalize', 0.8, 4))
+
+
 def test_autoaugment_applies_with_its_probabilities():
   image = grey(0, 100, 255)
   policy = ((('Invert', 0.3, 0), ('Posterize', 0.0, 9)),)
@@ -265,7 +301,9 @@ def test_autoaugment_applies_with_its_probabilities():
 def test_autoaugment_chooses_among_all_sub_policies():
   # The sign is random, and so is the sub-policy.
   image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-  for name in 'autoaugment_cifar10', 'autoaugment_imagenet':
+  for name in augment.AUGMENTATIONS:
+    if not name.startswith('autoaugment'):
+      continue
     kinds = {apply((name,), image, seed).tobytes() for seed in range(300)}
     assert len(kinds) > 30
 
@@ -307,5 +345,5 @@ def test_pillow_wants_uint8_images(name, image):
 
 def test_picture_has_a_row_for_every_augmentation():
   picture = augment.draw(tile=16, samples=2)
-  assert picture.size == (3 * 18 + 6, 8 * 30)
+  assert picture.size == (3 * 18 + 6, 9 * 30)
   assert len(picture.getcolors(10**5)) > 500

@@ -9,6 +9,7 @@ after a colon is the setting, as in `('random_crop:2', 'flip')`.
 """
 
 import argparse
+import functools
 import inspect
 import math
 
@@ -79,32 +80,38 @@ def autoaugment_cifar10(image, rng):
   return autoaugment(image, rng, CIFAR10_POLICY)
 
 
+def autoaugment_cifar10_authors(image, rng):
+  """The same as DS-ATGO's program has it; see `AUTHORS_OPERATIONS`."""
+  return autoaugment(image, rng, AUTHORS_POLICY, AUTHORS_OPERATIONS)
+
+
 def autoaugment_imagenet(image, rng):
   """AutoAugment with the ImageNet policy, for uint8 images."""
   return autoaugment(image, rng, IMAGENET_POLICY)
 
 
-def autoaugment(image, rng, policy):
+def autoaugment(image, rng, policy, operations=None):
   """Applies a random one of the policy's sub-policies (Cubuk et al., 2019).
 
   Args:
     image: `[H, W, 1 or 3]` uint8.
     rng: `np.random.Generator`.
     policy: sub-policies, each a sequence of `(operation, probability,
-      magnitude)` with an operation of `OPERATIONS` and a magnitude of 0..9.
+      magnitude)` with a magnitude of 0..9.
+    operations: what the names stand for; None for `OPERATIONS`.
   """
   pillow = _to_pillow(image)
   for name, probability, magnitude in policy[rng.integers(len(policy))]:
     if rng.random() < probability:
-      operation, largest, signed = OPERATIONS[name]
+      operation, largest, signed = (operations or OPERATIONS)[name]
       sign = rng.choice((-1, 1)) if signed else 1
       pillow = operation(pillow, sign * largest * magnitude / 9)
   return np.asarray(pillow).reshape(image.shape)
 
 
-def _affine(image, *matrix):
+def _affine(image, *matrix, resample=Image.Resampling.NEAREST):
   return image.transform(
-    image.size, Image.Transform.AFFINE, matrix, fillcolor=_grey(image)
+    image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=_grey(image)
   )
 
 
@@ -115,6 +122,9 @@ def _grey(image):
 # Each operation of an image and a value, the value at magnitude 9 (at 0 it is
 # 0), and whether a random sign goes with it. Ranges of the paper's table 6; a
 # translation is in parts of the image's side, of which its 150 pixels were 331.
+# Contrast, Color, Brightness and Sharpness change by the value either way, as
+# in torchvision: ('Color', 0) leaves an image as it is, where the table's range
+# of 0.1 to 1.9 would give 0.1.
 OPERATIONS = {
   'ShearX': (lambda im, v: _affine(im, 1, v, 0, 0, 1, 0), 0.3, True),
   'ShearY': (lambda im, v: _affine(im, 1, 0, 0, v, 1, 0), 0.3, True),
@@ -181,6 +191,20 @@ CIFAR10_POLICY = (
   (('TranslateY', 0.7, 9), ('AutoContrast', 0.9, 1)),
 )
 
+# What differs in DS-ATGO's program: bicubic shears, rotations anticlockwise
+# only, and Equalize 0.8 for 0.6 in row 17.
+_bicubic = functools.partial(_affine, resample=Image.Resampling.BICUBIC)
+AUTHORS_OPERATIONS = OPERATIONS | {
+  'ShearX': (lambda im, v: _bicubic(im, 1, v, 0, 0, 1, 0), 0.3, True),
+  'ShearY': (lambda im, v: _bicubic(im, 1, 0, 0, v, 1, 0), 0.3, True),
+  'Rotate': (*OPERATIONS['Rotate'][:2], False),
+}
+AUTHORS_POLICY = (
+  *CIFAR10_POLICY[:16],
+  (('Equalize', 0.2, 8), ('Equalize', 0.8, 4)),
+  *CIFAR10_POLICY[17:],
+)
+
 # Cubuk et al., table 9; magnitudes that no operation uses are 0.
 IMAGENET_POLICY = (
   (('Posterize', 0.4, 8), ('Rotate', 0.6, 9)),
@@ -219,6 +243,7 @@ AUGMENTATIONS = {
     cutout,
     random_resized_crop,
     autoaugment_cifar10,
+    autoaugment_cifar10_authors,
     autoaugment_imagenet,
   )
 }
@@ -303,6 +328,7 @@ def draw(tile=64, samples=16):
     'flip': center_crop(china, 32),
     'cutout': center_crop(china, 32),
     'autoaugment_cifar10': center_crop(china, 32),
+    'autoaugment_cifar10_authors': center_crop(china, 32),
     'random_crop, flip, autoaugment_cifar10': center_crop(flower, 32),
     'autoaugment_imagenet': center_crop(flower, tile),
     f'random_resized_crop:{tile}': china,
