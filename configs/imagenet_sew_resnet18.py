@@ -7,10 +7,19 @@
 `--config.method` and `--config.seed` choose another method and seed.
 
 Published accuracy: 68.86 +- 0.25 % (DS-ATGO, AAAI 2026). Published of the
-recipe: network, T, crops of 224 x 224 and cross-entropy. The rest is that of
-SEW-ResNet's program (Fang et al., NeurIPS 2021), which is the nearest. 5,004
-steps an epoch, 1,601,280 in all. SEW-ResNet-34: `--config.model=SEWResNet34`.
-TensorFlow is needed once, to prepare the data: `pip install tensorflow`.
+recipe: network, T, crops of 224 x 224 and cross-entropy. Optimiser, rate,
+epochs, batch and half precision are those of SEW-ResNet's program (Fang et al.,
+NeurIPS 2021), which is the nearest. 5,004 steps an epoch, 1,601,280 in all.
+SEW-ResNet-34: `--config.model=SEWResNet34`. TensorFlow is needed once, to
+prepare the data: `pip install tensorflow`.
+
+SEW-ResNet's program has other neurons, IF with the reset detached:
+
+  --config.method=vanilla --config.neuron.learn_decay=False \
+    --config.neuron.decay=1.0 --config.neuron.detach_reset=True
+
+It normalises the stem before the repeat in time. So does ours, as if after it:
+the stem's running variance, unbiased, counts all T copies.
 """
 
 from ml_collections import ConfigDict

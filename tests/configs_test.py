@@ -5,6 +5,7 @@ import importlib
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 from unittest import mock
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from absl import flags
+from ml_collections import config_flags
 
 from dsatgo_jax import methods
 from tests import datasets_test
@@ -60,6 +63,7 @@ CIFAR = {
 PUBLISHED = {
   'cifar10_resnet19': CIFAR
   | {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)},
+  # Mean and deviation are those in use elsewhere.
   'cifar100_resnet19': CIFAR
   | {'mean': (0.5071, 0.4865, 0.4409), 'std': (0.2673, 0.2564, 0.2762)},
   'cifar10_dvs_vggsnn': {
@@ -119,6 +123,21 @@ def test_every_field_is_there_and_can_be_set(name):
     assert config.get_type(field) is other.get_type(field), field
   assert config.get_type('mean') is tuple
   loop.check(config)
+
+
+@pytest.mark.parametrize('name', sorted(CONFIGS))
+def test_settings_that_a_head_comment_names_can_be_given(name):
+  text = load(name)[0].__doc__.replace('\\\n', ' ')
+  pattern = r'^ +(--config\..*)$|`(--config\.[^`=]+=[^`]+)`'
+  lines = [block or inline for block, inline in re.findall(pattern, text, re.M)]
+  assert lines or name not in PUBLISHED
+  for line in lines:
+    config, values = load(name)[1], flags.FlagValues()
+    with mock.patch.object(sys, 'argv', ['main', *shlex.split(line)]):
+      config_flags.DEFINE_config_dict('config', config, flag_values=values)
+      values(sys.argv)
+    assert config.to_dict() != load(name)[1].to_dict()
+    plan.create_train_step(config, plan.load(config))
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
