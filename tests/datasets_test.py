@@ -433,6 +433,38 @@ def test_decode_follows_a_clock_that_wraps_around():
   )
 
 
+def test_decode_goes_on_where_the_clock_was_set_back():
+  # Twice, the second time not to 0; the jitter of 1,000 in between is sorted.
+  time = [0, 9_000, 20, 70_020, 69_020, 80_020, 50_000, 50_001]
+  address = [2, 4, 6, 8, 10, 12, 14, 16]
+  row, _, _, time = cifar10_dvs.decode(aedat(address, time))
+  np.testing.assert_array_equal(
+    time, [0, 9_000, 9_000, 78_000, 79_000, 89_000, 89_000, 89_001]
+  )
+  np.testing.assert_array_equal(127 - row, [1, 2, 3, 5, 4, 6, 7, 8])
+  # By one microsecond more it is no jitter.
+  time = cifar10_dvs.decode(aedat([0] * 3, [0, 5_000, 3_999]))[3]
+  np.testing.assert_array_equal(time, [0, 5_000, 5_000])
+
+
+def test_a_clock_set_back_leaves_events_in_their_frames():
+  time = np.arange(20_000) * 50 % 500_000  # From the start again at half time.
+  x = np.arange(20_000) // 2_000
+  events = cifar10_dvs.decode(aedat(2 * x, time))
+  for by in 'count', 'time':
+    frames = cifar10_dvs.frames(*events, 10, by)
+    by_row = frames.sum(axis=(2, 3))[:, ::-1]
+    np.testing.assert_allclose(by_row[:, :10], 2_000 * np.eye(10), atol=1)
+
+
+def test_decode_ignores_bit_15():
+  address = np.array([0x0000, 0x1234, 0x7FFF])
+  with_it, without = (
+    cifar10_dvs.decode(aedat(address | bit, [0, 1, 2])) for bit in (0x8000, 0)
+  )
+  np.testing.assert_array_equal(with_it, without)
+
+
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
@@ -441,7 +473,7 @@ def test_decode_follows_a_clock_that_wraps_around():
     (HEADER[:-1] + b'no end', 'header has no end'),
     (aedat([0], [0])[:-1], 'truncated: 7 bytes'),
     (aedat([0, 0], [0, 0])[:-4], 'truncated: 12 bytes'),
-    (aedat([0, 0x8000], [0, 0]), 'address 0x8000 is out of range'),
+    (aedat([0, 0x10000], [0, 0]), 'address 0x10000 is out of range'),
     (aedat([0xFFFFFFFF, 0], [0, 0]), 'address 0xffffffff is out of range'),
     (aedat([0], [0], b'#!AER-DAT3.1\r\n'), 'expected AER-DAT2.0'),
   ],

@@ -23,6 +23,7 @@ from PIL import Image
 
 SENSOR = 128
 SIZE = 48
+JITTER = 1000  # Microseconds; a hundredth of a frame of the usual ten.
 PAGE = 'https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671'
 URLS = {
   name: f'https://ndownloader.figshare.com/files/{number}'
@@ -45,7 +46,14 @@ def decode(data):
   """Decodes one AEDAT 2.0 file of the 128 x 128 sensor.
 
   Lines that start with `#`, then big-endian pairs of uint32: an address,
-  `0yyyyyyyxxxxxxxp` in bits, and a timestamp in microseconds.
+  `-yyyyyyyxxxxxxxp` in bits, and a timestamp in microseconds. The first bit is
+  ignored, as the dataset's own reader (`dat2mat.m`) and others do.
+
+  A timestamp that jumps back by more than `JITTER` tells of a clock that was set
+  back: time goes on from the event before it. The dataset's own reader repairs
+  such files alike, adding the time that had been reached; sorted, their parts
+  would be shuffled together. A shorter way back is jitter, and sorted. A clock
+  that wraps around goes on.
 
   Args:
     data: the file's bytes.
@@ -73,15 +81,15 @@ def decode(data):
     raise ValueError('no events')
   events = np.frombuffer(data, '>u4', offset=start).astype(np.int64)
   address, time = events.reshape(-1, 2).T.copy()
-  if address.max() > 0x7FFF:
+  if address.max() > 0xFFFF:
     raise ValueError(
-      f'address {address.max():#x} is out of range, expected up to 0x7fff'
+      f'address {address.max():#x} is out of range, expected up to 0xffff'
     )
-  # As a signed difference a clock that wraps around goes on, and the jitter of
-  # a few microseconds goes back.
-  time = (time - time[0]).astype(np.int32)
+  # As signed 32-bit differences: from 2**32 - 1 to 0 is a step forward.
+  steps = np.diff(time, prepend=time[0]).astype(np.int32)
+  time = np.cumsum(np.where(steps < -JITTER, 0, steps), dtype=np.int64)
   order = np.argsort(time, kind='stable')
-  address, time = address[order], time[order].astype(np.int64)
+  address, time = address[order], time[order]
   x, y, p = (address & 0xFE) >> 1, (address & 0x7F00) >> 8, address & 1
   return SENSOR - 1 - x, SENSOR - 1 - y, 1 - p, time - time[0]
 
@@ -141,7 +149,8 @@ class Cifar10DvsConfig(tfds.core.BuilderConfig):
 class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
   """CIFAR10-DVS as frames of event counts."""
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('2.0.0')
+  RELEASE_NOTES = {'2.0.0': 'Time goes on where the clock was set back.'}
   BUILDER_CONFIGS = [
     Cifar10DvsConfig(
       name=f'{held_out}_{by}_t{num_steps}',
