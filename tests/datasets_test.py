@@ -530,6 +530,25 @@ def test_resize_averages_within_a_new_pixel(size, new_size):
   )
 
 
+def test_8bit_frames_by_hand():
+  frames = np.zeros((4, 8, 8, 2), np.float32)
+  frames[0] = 3, 2
+  frames[1, :, :4] = 0, 7
+  frames[1, :, 4:] = 2, 1
+  frames[2] = 5, 0
+  same = cifar10_dvs.resize_8bit(frames, 8)
+  # 255 * 2 / 3, 255 * 2 / 7 and 255 / 7, cut down.
+  assert (same[0] == (255, 170)).all()
+  assert (same[1, :, :4] == (0, 255)).all()
+  assert (same[1, :, 4:] == (72, 36)).all()
+  assert (same[2] == (255, 0)).all() and not same[3].any()
+  resized = cifar10_dvs.resize_8bit(frames, 4)
+  assert resized.dtype == np.uint8 and resized.shape == (4, 4, 4, 2)
+  np.testing.assert_allclose(resized[0], same[0, :4, :4], atol=1)
+  # OFF events without ON events about them are lost.
+  assert not resized[2].any()
+
+
 @pytest.fixture
 def recordings(tmp_path):
   """A data folder with 20 recordings a class: number n has n + 1 events."""
@@ -575,6 +594,20 @@ def test_dvs_splits(recordings, held_out):
   else:
     expected = {0, 1} if held_out == 'first' else {18, 19}
     assert all(found == expected for found in chosen.values())
+
+
+def test_dvs_as_other_programs_prepare_it(recordings):
+  """Bytes of the last tenth, which the job divides by 255."""
+  name = 'cifar10_dvs/last_count_t4_8bit'
+  frames = np.arange(4 * 48 * 48 * 2).reshape(4, 48, 48, 2).astype(np.uint8)
+  with mock.patch.object(cifar10_dvs, 'resize_8bit', return_value=frames):
+    train, test, _ = sources.from_tfds(name, str(recordings))
+  assert (len(train), len(test)) == (180, 20)
+  for part in train, test:
+    assert part.images.dtype == np.uint8
+    assert (part.images == frames).all()
+  image = data.normalize(test.images[0], np.zeros(2), np.ones(2))
+  np.testing.assert_allclose(image, frames / 255, rtol=1e-6)
 
 
 def test_dvs_reads_archives_as_it_reads_folders(recordings, tmp_path):

@@ -7,7 +7,8 @@ are gathered into frames `[T, 48, 48, 2]`.
 There is no official split. The literature holds out a tenth of every class, its
 first, its last or random recordings, which give different accuracies: the name
 of the configuration says which, how events are shared out among frames, and T:
-`cifar10_dvs/random_count_t10`.
+`cifar10_dvs/random_count_t10`. Frames are counts; `..._8bit` are what other
+programs make of them (see `resize_8bit`).
 """
 
 import dataclasses
@@ -49,11 +50,11 @@ def decode(data):
   `-yyyyyyyxxxxxxxp` in bits, and a timestamp in microseconds. The first bit is
   ignored, as the dataset's own reader (`dat2mat.m`) and others do.
 
-  A timestamp that jumps back by more than `JITTER` tells of a clock that was set
-  back: time goes on from the event before it. The dataset's own reader repairs
-  such files alike, adding the time that had been reached; sorted, their parts
-  would be shuffled together. A shorter way back is jitter, and sorted. A clock
-  that wraps around goes on.
+  A timestamp that jumps back by more than `JITTER` tells of a clock that was
+  set back: time goes on from the event before it. The dataset's own reader
+  repairs such files alike, adding the time that had been reached; sorted, their
+  parts would be shuffled together. A shorter way back is jitter, and sorted. A
+  clock that wraps around goes on.
 
   Args:
     data: the file's bytes.
@@ -132,34 +133,60 @@ def resize(frames, size):
   return np.moveaxis(resized, 1, -1)
 
 
+def resize_8bit(frames, size):
+  """What programs that come from TET's (Deng et al., ICLR 2022) train on.
+
+  Each frame `[H, W, 2]` is divided by its largest count, cut down to 8 bits and
+  resized as an image. Two channels are grey and opacity to Pillow, and so to
+  torchvision: OFF events count as much as there are ON events about.
+
+  Returns:
+    `[T, size, size, 2]` uint8, which the job divides by 255.
+  """
+  largest = frames.max(axis=(1, 2, 3), keepdims=True)
+  images = (frames / np.maximum(largest, 1) * 255).astype(np.uint8)
+  return np.stack(
+    [
+      Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+      for image in images
+    ]
+  )
+
+
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Cifar10DvsConfig(tfds.core.BuilderConfig):
   """How recordings become examples.
 
   `held_out` (`'first'`, `'last'` or `'random'`, by `seed`) tells which tenth of
-  every class is the test split; `by` and `num_steps` are those of `frames`.
+  every class is the test split; `by` and `num_steps` are those of `frames`, and
+  `eight_bit` chooses `resize_8bit`.
   """
 
   held_out: str
   by: str
   num_steps: int
+  eight_bit: bool = False
   seed: int = 0
 
 
 class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
-  """CIFAR10-DVS as frames of event counts."""
+  """CIFAR10-DVS as frames of events."""
 
   VERSION = tfds.core.Version('2.0.0')
   RELEASE_NOTES = {'2.0.0': 'Time goes on where the clock was set back.'}
   BUILDER_CONFIGS = [
     Cifar10DvsConfig(
-      name=f'{held_out}_{by}_t{num_steps}',
+      name=f'{held_out}_{by}_t{num_steps}' + '_8bit' * eight_bit,
       held_out=held_out,
       by=by,
       num_steps=num_steps,
+      eight_bit=eight_bit,
     )
-    for held_out, by, num_steps in itertools.product(
-      ('random', 'first', 'last'), ('count', 'time'), (10, 4, 5, 8, 16, 20)
+    for eight_bit, held_out, by, num_steps in itertools.product(
+      (False, True),
+      ('random', 'first', 'last'),
+      ('count', 'time'),
+      (10, 4, 5, 8, 16, 20),
     )
   ]
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
@@ -168,14 +195,15 @@ class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
   )
 
   def _info(self):
+    config = self.builder_config
     return tfds.core.DatasetInfo(
       builder=self,
       description='CIFAR10-DVS: events of an event camera, counted in frames.',
       features=tfds.features.FeaturesDict(
         {
           'image': tfds.features.Tensor(
-            shape=(self.builder_config.num_steps, SIZE, SIZE, 2),
-            dtype=np.float32,
+            shape=(config.num_steps, SIZE, SIZE, 2),
+            dtype=np.uint8 if config.eight_bit else np.float32,
             encoding='bytes',
           ),
           'label': tfds.features.ClassLabel(names=list(URLS)),
@@ -207,6 +235,7 @@ class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, recordings):
     config = self.builder_config
+    shrink = resize_8bit if config.eight_bit else resize
     for label, file in recordings:
       try:
         events = decode(file.read_bytes())
@@ -215,7 +244,7 @@ class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
       counts = frames(*events, config.num_steps, config.by)
       yield (
         f'{label}/{file.name}',
-        {'image': resize(counts, SIZE), 'label': label},
+        {'image': shrink(counts, SIZE), 'label': label},
       )
 
 
