@@ -11,10 +11,10 @@ all of it published but `mean`, `std` and `num_workers`. 500 steps an epoch,
 200,000 in all. TensorFlow is needed once, to prepare the data: `pip install
 tensorflow`.
 
-AutoAugment is the policy of its paper (Cubuk et al., CVPR 2019), as torchvision
-has it: ('Color', 0) changes nothing, where the paper's table 6 would give 0.1.
-The authors' program differs in bicubic shears, rotations to one side only and
-Equalize 0.8 in row 17:
+AutoAugment is the policy of its paper (Cubuk et al., CVPR 2019) with magnitudes
+as in torchvision: ('Color', 0) and its like change nothing, where the paper's
+table 6 would give 0.1. The authors' program differs in bicubic shears, in
+rotations to one side only and in Equalize 0.8 in row 17:
 
   --config.augment="('random_crop:4','flip','autoaugment_cifar10_authors')"
 """

@@ -1,8 +1,8 @@
-"""The README's tables of other libraries, row by row, against these libraries.
+"""What we say of other libraries, against these libraries.
 
-Spikes and gradients of what the first cell of a row makes, and of ours with the
-row's settings. `pip install -e '.[bench]'` brings the libraries; a row whose
-library is missing is skipped.
+The README's tables row by row: spikes and gradients of what the first cell of a
+row makes, and of ours with the row's settings. `pip install -e '.[bench]'`
+brings the libraries; a row whose library is missing is skipped.
 """
 
 import functools
@@ -14,8 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from dsatgo_jax import neurons, surrogate
+from train import augment
+from train.datasets import cifar10_dvs
 
 # What they warn of is not ours.
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -252,3 +255,69 @@ def test_surrogate(row, value):
   if spikes is not None:
     at_equality = there.startswith('SpikingJelly')
     np.testing.assert_array_equal(spikes, x >= 0 if at_equality else x > 0)
+
+
+# Data.
+
+
+@pytest.mark.parametrize(
+  'name, policy',
+  [('CIFAR10', augment.CIFAR10_POLICY), ('IMAGENET', augment.IMAGENET_POLICY)],
+)
+def test_autoaugment_is_torchvisions(name, policy):
+  theirs = library('torchvision.transforms.autoaugment')
+  transform = theirs.AutoAugment(theirs.AutoAugmentPolicy[name])
+  rows = [
+    tuple((*row[:2], row[2] or 0) for row in pair)
+    for pair in transform.policies
+  ]
+  measured = transform._augmentation_space(10, (32, 32))
+
+  def used(pair):  # Magnitudes that no operation uses differ.
+    return [(*row[:2], row[2] * (measured[row[0]][0].ndim > 0)) for row in pair]
+
+  assert [used(pair) for pair in policy] == [used(pair) for pair in rows]
+
+
+# torchvision translates by whole pixels, and solarizes 255 levels, not 256.
+@pytest.mark.parametrize(
+  'name',
+  sorted(augment.OPERATIONS.keys() - {'TranslateX', 'TranslateY', 'Solarize'}),
+)
+def test_operations_are_torchvisions(name):
+  theirs = library('torchvision.transforms.autoaugment')
+  transform = theirs.AutoAugment()
+  operation, largest, signed = augment.OPERATIONS[name]
+  values, signed_there = transform._augmentation_space(10, (32, 32))[name]
+  assert signed == signed_there
+  pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+  image = Image.fromarray(pixels)
+  for magnitude in range(10):
+    for sign in (1, -1) if signed else (1,):
+      value = sign * float(values[magnitude]) if values.ndim else 0.0
+      expected = theirs._apply_op(
+        image, name, value, transform.interpolation, [128] * 3
+      )
+      got = operation(image, sign * largest * magnitude / 9)
+      difference = np.abs(np.asarray(got, int) - np.asarray(expected, int))
+      # Factors of 1 + v may round otherwise.
+      assert difference.max() <= (largest == 0.9)
+
+
+def test_8bit_frames_are_torchvisions():
+  torch, transforms = library('torch'), library('torchvision.transforms')
+  counts = np.random.default_rng(0).poisson(0.3, (3, 128, 128, 2))
+  counts = counts.astype(np.float32)
+  ours = cifar10_dvs.resize_8bit(counts, 48)
+  change = transforms.Compose(
+    [
+      transforms.ToPILImage(),
+      transforms.Resize((48, 48)),
+      transforms.ToTensor(),
+    ]
+  )
+  for frame, got in zip(counts, ours, strict=True):
+    scaled = torch.from_numpy(frame / frame.max()).permute(2, 0, 1)
+    expected = change(scaled).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(got, np.rint(255 * expected))
+    np.testing.assert_allclose(got / 255, expected, rtol=1e-6)
