@@ -3,12 +3,15 @@
     u[t] = decay * v[t-1] + x[t]                    integrate [eq 2]
     theta[t], width[t]                              the method's rules [eq 5, 7]
     s[t] = 1 if u[t] >= theta[t] else 0             fire [eq 3]
-    v[t] = u[t] * (1 - s[t])                        hard reset
-    v[t] = u[t] - theta[t] * s[t]                   soft reset
+    v[t] = u[t] * (1 - s[t])                        reset 'hard'
+    v[t] = u[t] - theta[t] * s[t]                   reset 'soft'
+    v[t] = u[t] - theta[t] * s[t] / decay           'subtract_after_decay'
 
-LIF has a fixed `decay`, PLIF learns it as `sigmoid(w)`; to the functions here
-it is a number in `Parameters`. Membrane, statistics and thresholds are at least
-float32 whatever the input's dtype is.
+With the last one `u[t+1] = decay * u[t] - theta[t] * s[t] + x[t+1]`, as in
+snnTorch and Spyx. LIF has a fixed `decay`, PLIF learns it as `sigmoid(w)`; to
+the functions here it is a number in `Parameters`. Membrane, statistics and
+thresholds are at least float32 whatever the input's dtype is. Where a membrane
+is not finite, its spikes are NaN.
 """
 
 import functools
@@ -37,7 +40,10 @@ class NeuronState(NamedTuple):
 
 
 class Parameters(NamedTuple):
-  """The numbers of a neuron; scalars, traced or not.
+  """The numbers of a neuron.
+
+  The first four are scalars, or arrays that broadcast against one timestep's
+  input [B, ...]: [C] for one number a channel.
 
   Attributes:
     decay: the share of the membrane that is retained.
@@ -63,6 +69,8 @@ class Running(NamedTuple):
     threshold: [T], or None for a threshold that is not measured.
     signal: [T], or None where the width's signal is the threshold itself or is
       not measured.
+
+  Further axes are those of a rule that gives more than a scalar.
   """
 
   threshold: jax.Array | None = None
@@ -70,7 +78,9 @@ class Running(NamedTuple):
 
 
 class Record(NamedTuple):
-  """What happened at each timestep, scalars ([T] after a scan).
+  """What happened at each timestep, [T] after a scan.
+
+  Scalars each, but for levels made of parameters that are not.
 
   Attributes:
     theta: the threshold in force.
@@ -78,9 +88,10 @@ class Record(NamedTuple):
     width: the surrogate's width.
     statistics: mean and standard deviation of the membrane, or None where
       nothing was measured.
-    firing_rate: the share of neurons that fired, or None if not recorded.
-    gradient_share: the share of neurons inside the gradient window, `abs(u -
-      theta) < width / 2`, or None if not recorded.
+    firing_rate: the share of (real) neurons that fired, or None if not
+      recorded.
+    gradient_share: the share of (real) neurons inside the gradient window,
+      `abs(u - theta) < width / 2`, or None if not recorded.
   """
 
   theta: jax.Array
@@ -129,30 +140,31 @@ def plain(settings, x, *rest):
   return scanned(scan, settings, x, *rest)
 
 
-def scanned(scan, settings, x, v, t, parameters, running):
+def scanned(scan, settings, x, v, t, parameters, running, mask):
   """All timesteps, by `lax.scan` or a function that does what it does."""
   method = settings.method
 
   def body(v, inputs):
-    t, x, running = inputs
+    t, x, running, mask = inputs
     u = parameters.decay * v + x
     measured = None
     if settings.record or (
       running is None
       and (is_measured(method.threshold) or is_measured(method.signal))
     ):
-      measured = statistics.measure(u, settings.axis_name)
+      measured = statistics.measure(u, settings.axis_name, mask)
     theta, signal, width = levels(method, measured, running, parameters, t)
-    spikes, v = fire(settings, u, theta, width)
+    spikes, v = fire(settings, u, theta, width, parameters)
     shares = (None, None)
     if settings.record:
       inside = jnp.abs(u - theta) < width / 2
       shares = [
-        _share(a, settings.axis_name, u.dtype) for a in (spikes != 0, inside)
+        _share(a, settings.axis_name, mask, u.dtype)
+        for a in (spikes != 0, inside)
       ]
     return v, (spikes, Record(theta, signal, width, measured, *shares))
 
-  inputs = (timesteps(t, x), presynaptic(x, parameters), running)
+  inputs = (timesteps(t, x), presynaptic(x, parameters), running, mask)
   v, (spikes, record) = scan(body, v, inputs)
   return spikes, v, record
 
@@ -188,14 +200,33 @@ def levels(method, measured, running, parameters, t):
   return theta, signal, width
 
 
-def fire(settings, u, theta, width):
+# The membrane after the reset, of u, what fired, theta and decay.
+RESETS = {
+  'hard': lambda u, fired, theta, decay: u * (1 - fired),
+  'soft': lambda u, fired, theta, decay: u - theta * fired,
+  'subtract_after_decay': lambda u, fired, theta, decay: (
+    u - theta / decay * fired
+  ),
+}
+
+
+def fire(settings, u, theta, width, parameters):
   """Spikes, and the membrane after the reset."""
-  spikes = settings.surrogate(u - theta, width)
+  x = u - theta
+  # Not a number where x is infinite or undefined, else nothing.
+  spikes = settings.surrogate(x, width) + lax.stop_gradient(x - x)
   fired = lax.stop_gradient(spikes) if settings.detach_reset else spikes
-  v = u * (1 - fired) if settings.reset == 'hard' else u - theta * fired
+  v = RESETS[settings.reset](u, fired, theta, parameters.decay)
   return spikes.astype(settings.dtype), v
 
 
-def _share(mask, axis_name, dtype):
-  share = jnp.mean(mask, dtype=dtype)
-  return share if axis_name is None else lax.pmean(share, axis_name)
+def _share(a, axis_name, mask, dtype):
+  """The share of real neurons for which a is True, pooled."""
+  share = jnp.sum(statistics.only_real(a, mask), dtype=dtype)
+  count = statistics.count(a, 0, mask)
+  if not axis_name:
+    return share / statistics.nonzero(count)
+  if mask is None:
+    return lax.pmean(share / count, axis_name)
+  share, count = lax.psum((share, count), axis_name)
+  return share / statistics.nonzero(count)

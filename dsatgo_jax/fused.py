@@ -15,11 +15,11 @@ from jax import lax
 from dsatgo_jax import dynamics, xla
 
 
-def run(settings, x, v, t, parameters, running):
+def run(settings, x, v, t, parameters, running, mask):
   """The scan, beyond 16 timesteps in chunks of about sqrt(T) / 2."""
   num_steps = len(x)
   if num_steps <= 16:
-    return _fused(settings, x, v, t, parameters, running)
+    return _fused(settings, x, v, t, parameters, running, mask)
   most = max(4, math.isqrt(num_steps) // 2)
   divisors = (n for n in range(most, most // 2, -1) if num_steps % n == 0)
   size = next(divisors, most)
@@ -28,40 +28,41 @@ def run(settings, x, v, t, parameters, running):
 
   def chunk(carry, inputs):
     v, t = carry
-    x, running = inputs
-    spikes, v, record = _fused(settings, x, v, t, parameters, running)
+    x, running, mask = inputs
+    spikes, v, record = _fused(settings, x, v, t, parameters, running, mask)
     return (v, t + len(x)), (spikes, record)
 
   carry, outputs = lax.scan(
     chunk,
     (v, t),
     jax.tree.map(
-      lambda a: a[:end].reshape(-1, size, *a.shape[1:]), (x, running)
+      lambda a: a[:end].reshape(-1, size, *a.shape[1:]), (x, running, mask)
     ),
   )
   outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
   if end < num_steps:
-    rest = jax.tree.map(lambda a: a[end:], (x, running))
+    rest = jax.tree.map(lambda a: a[end:], (x, running, mask))
     carry, last = chunk(carry, rest)
     outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
   return outputs[0], carry[0], outputs[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(settings, x, v, t, parameters, running):
+def _fused(settings, x, v, t, parameters, running, mask):
   """The scan, with a backward pass that keeps x and the statistics alone."""
   # A surrogate of one's own might not be the step that it should be.
   binary = hasattr(settings.surrogate, 'gradient')
   scan = functools.partial(_unrolled, binary=binary)
-  return dynamics.scanned(scan, settings, x, v, t, parameters, running)
+  return dynamics.scanned(scan, settings, x, v, t, parameters, running, mask)
 
 
-def _forward(settings, x, v, t, parameters, running):
-  outputs = _fused(settings, x, v, t, parameters, running)
+def _forward(settings, x, v, t, parameters, running, mask):
+  outputs = _fused(settings, x, v, t, parameters, running, mask)
   measured = outputs[2].statistics
   return outputs, (x, v, t, parameters, running, measured)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(settings, residuals, cotangents):
   x, v, t, parameters, running, measured = residuals
   g_spikes, g_v, _ = cotangents
@@ -81,7 +82,7 @@ def _backward(settings, residuals, cotangents):
     theta, _, width = dynamics.levels(
       settings.method, measured, running, parameters, t
     )
-    return dynamics.fire(settings, u, theta, width)
+    return dynamics.fire(settings, u, theta, width, parameters)
 
   @jit
   def forth(v, x, known):
@@ -109,14 +110,15 @@ def _backward(settings, residuals, cotangents):
     if i:
       g = xla.in_memory(g, never)
     if i or not settings.at_rest:
-      g_decay += jnp.sum(g * before[i])
+      _, retained = jax.vjp(lambda decay: decay * before[i], decay)  # noqa: B023
+      g_decay += retained(g)[0]
     g_u.append(g)
     g_v = decay * g
 
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
   g_x, g_norm = pull_x(xla.stack(g_u[::-1]))
   g_parameters = jax.tree.map(jnp.add, g_parameters, g_norm)
-  return g_x, g_v, None, *pool(g_parameters), None
+  return g_x, g_v, None, *pool(g_parameters), None, None
 
 
 _fused.defvjp(_forward, _backward)

@@ -21,14 +21,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dsatgo_jax import methods, neurons, statistics, surrogate, tdbn, threshold
+from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.neurons import NeuronState as NeuronState
 from dsatgo_jax.time_axis import fold_time as fold_time
 from dsatgo_jax.time_axis import repeat_in_time as repeat_in_time
-
-kaiming_normal = jax.nn.initializers.variance_scaling(2, 'fan_out', 'normal')
 
 # Flax folds all leading axes into the batch: [T, B, H, W, C] goes in as it is.
 Conv = functools.partial(nn.Conv, kernel_init=kaiming_normal)
@@ -71,21 +71,25 @@ class TdBatchNorm(nn.Module):
   dtype: Any = None
   param_dtype: Any = jnp.float32
 
-  def __call__(self, x, use_running_average: bool | None = None):
+  def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
     """Normalises x.
 
     Args:
       x: [T, B, ..., C], or [B, ..., C] with `repeats=T`.
       use_running_average: in the place of the attribute; not both.
+      mask: [T, B] or [B], whether an example is real at a timestep; the
+        statistics are those of what is. None for all of it.
 
     Returns:
       The normalised x, of its shape.
     """
-    y = self.affine(x, use_running_average)(x)
+    y = self.affine(x, use_running_average, mask=mask)(x)
     return y.astype(self.dtype or jnp.result_type(x, self.param_dtype))
 
   @nn.compact
-  def affine(self, x, use_running_average: bool | None = None) -> tdbn.Affine:
+  def affine(
+    self, x, use_running_average: bool | None = None, *, mask=None
+  ) -> tdbn.Affine:
     """Measures x, and leaves it to `SpikingNeuron(...)(x, norm=...)`.
 
     The neuron then keeps x alone for its backward pass, not the normalised x.
@@ -93,6 +97,7 @@ class TdBatchNorm(nn.Module):
     Args:
       x: [T, B, ..., C], or [B, ..., C] with `repeats=T`.
       use_running_average: in the place of the attribute; not both.
+      mask: [T, B] or [B]; None for no mask.
 
     Returns:
       The `tdbn.Affine` that normalises x.
@@ -113,10 +118,12 @@ class TdBatchNorm(nn.Module):
     if use_running_average:
       mean, variance = (r.value for r in running)
     else:
-      axis_name = None if self.is_initializing() else self.axis_name
-      mean, variance = tdbn.measure(x, axis_name)
-      if not self.is_initializing():
-        unbiased = tdbn.unbiased(variance, x, self.repeats, axis_name)
+      active = not self.is_initializing()
+      axis_name = self.axis_name if active else ()
+      mask = tdbn.mask_of(x, self.repeats, mask)
+      mean, variance = tdbn.measure(x, axis_name, mask)
+      if active:
+        unbiased = tdbn.unbiased(variance, x, self.repeats, axis_name, mask)
         for r, new in zip(running, (mean, unbiased), strict=True):
           r.value = statistics.running_average(r.value, new, self.momentum)
     if self.factored:
@@ -129,23 +136,29 @@ class SpikingNeuron(nn.Module):
 
   Attributes:
     method: a name of `methods.METHODS`, or a `methods.Method` of your own.
-    num_steps: T; None for what it is initialised with. With a method that
-      keeps running values, another T is an error.
+    num_steps: T, which is then checked; None for what it is initialised with,
+      or for any T where the method keeps no running values.
     use_running_average: whether inference's running thresholds are used
       instead of the batch's; as attribute or call argument, as in Flax's
       `BatchNorm`.
-    decay: the retained fraction of the membrane, in (0, 1) if learnt.
-    learn_decay: PLIF: one scalar `w` a layer, `decay = sigmoid(w)`; else LIF.
+    decay: the retained fraction of the membrane, in (0, 1) if learnt. Like
+      `v_th`, `f_c` and `width` a number, or a tuple or array of numbers that
+      broadcasts against x[0].
+    learn_decay: PLIF: `decay = sigmoid(w)`, one scalar `w` a layer for one
+      decay; else LIF.
     v_th: the threshold's base value.
     f_c: the firing-rate factor.
     width: the surrogate's base width, `kappa_0`.
     threshold: 'true' or 'estimated' distribution [eq 5], or a rule of your own.
     width_signal: 'theta' (the paper) or 'sigma' (the authors' program) [eq 7].
     surrogate: see `dsatgo_jax.surrogate`.
-    reset: 'hard' or 'soft'.
+    reset: 'hard', 'soft' or 'subtract_after_decay'; see `dynamics`.
     detach_reset: whether the reset passes no gradient to the spike.
     momentum: the share of the running threshold that is kept [eq 6].
-    axis_name: mapped axis over which the statistics are pooled.
+    axis_name: mapped axis over which the statistics are pooled. None under
+      `pmap` or `shard_map` warns; () says that they are each device's own.
+    fused: False leaves the scan to autodiff, which forward mode needs; None
+      does so for surrogates made by `surrogate.straight_through`.
     dtype: of the spikes; None for x's.
     param_dtype: of `w`, `v_th` and the running values (at least float32).
   """
@@ -153,11 +166,11 @@ class SpikingNeuron(nn.Module):
   method: str | methods.Method = 'ds_atgo'
   use_running_average: bool | None = None
   num_steps: int | None = None
-  decay: float = 0.2
+  decay: Any = 0.2
   learn_decay: bool = True
-  v_th: float = 1.0
-  f_c: float = 1.0
-  width: float = 1.0
+  v_th: Any = 1.0
+  f_c: Any = 1.0
+  width: Any = 1.0
   threshold: str | Callable = 'true'
   width_signal: str | Callable = 'theta'
   surrogate: Callable = surrogate.rectangular
@@ -165,6 +178,7 @@ class SpikingNeuron(nn.Module):
   detach_reset: bool = False
   momentum: float = 0.9
   axis_name: Any = None
+  fused: bool | None = None
   dtype: Any = None
   param_dtype: Any = jnp.float32
 
@@ -173,6 +187,7 @@ class SpikingNeuron(nn.Module):
     x,
     use_running_average: bool | None = None,
     *,
+    mask=None,
     state: NeuronState | None = None,
     return_state: bool = False,
     tdbn_scale=None,
@@ -183,6 +198,8 @@ class SpikingNeuron(nn.Module):
     Args:
       x: pre-synaptic input, [T, B, ...].
       use_running_average: in the place of the attribute; not both.
+      mask: [T, B] or [B], whether an example is real at a timestep; statistics
+        and running thresholds are those of what is. None for all of it.
       state: the `NeuronState` to go on from; None for neurons at rest. x is
         then a part of a longer recording, and begins at its timestep `state.t`.
       return_state: whether the state after x is returned too.
@@ -196,9 +213,8 @@ class SpikingNeuron(nn.Module):
       ValueError: a setting out of its range, x without a batch axis, or T that
         is not that of the running thresholds.
     """
-    shape = (self.num_steps or jnp.shape(x)[0],)
     spikes, state = self._run(
-      x, use_running_average, state, shape, tdbn_scale, norm
+      x, use_running_average, state, state is None, mask, tdbn_scale, norm
     )
     return (spikes, state) if return_state else spikes
 
@@ -208,50 +224,78 @@ class SpikingNeuron(nn.Module):
     x,
     use_running_average,
     state,
-    running_shape,
+    whole,
+    mask=None,
     tdbn_scale=None,
     norm=None,
+    per_step=False,
   ):
-    """The layer over x, with running averages of the given shape."""
+    """The layer over x; `per_step` keeps the averages of one timestep."""
     use_running_average = nn.merge_param(
       'use_running_average', self.use_running_average, use_running_average
     )
-    neurons.check_positive(v_th=self.v_th, f_c=self.f_c, width=self.width)
+    neurons.check_positive(
+      num_steps=self.num_steps, v_th=self.v_th, f_c=self.f_c, width=self.width
+    )
     neurons.check_shares(self.decay, self.learn_decay, self.momentum)
     method = methods.get(self.method, self.threshold, self.width_signal)
     decay, v_th = self.decay, self.v_th
     if self.learn_decay:
-      start = nn.initializers.constant(neurons.logit(decay))
-      decay = jax.nn.sigmoid(self.param('w', start, (), self.param_dtype))
+      w = neurons.logit(decay)
+      start = nn.initializers.constant(w)
+      w = self.param('w', start, np.shape(w), self.param_dtype)
+      decay = jax.nn.sigmoid(w)
     if method.threshold is threshold.learnable:
-      start = nn.initializers.constant(v_th)
-      v_th = self.param('v_th', start, (), self.param_dtype)
+      start = nn.initializers.constant(np.asarray(v_th))
+      v_th = self.param('v_th', start, np.shape(v_th), self.param_dtype)
+    parameters = neurons.Parameters(
+      decay, v_th, self.f_c, self.width, tdbn_scale, norm
+    )
 
-    initial = neurons.initial_running(method, self.v_th, running_shape, x.dtype)
+    x = jnp.asarray(x)
+    lead = () if per_step else (self.num_steps or x.shape[0],)
+    initial = parameters._replace(v_th=self.v_th)
     averages = {
-      name: self.variable('batch_stats', f'running_{name}', lambda v=value: v)
-      for name, value in initial._asdict().items()
-      if value is not None
+      name: self.variable(
+        'batch_stats',
+        f'running_{name}',
+        neurons.initial_average,
+        *(rule, initial, lead, x.dtype),
+      )
+      for name, rule in neurons.averaged(method).items()
     }
+    running = {
+      name: average.value[None] if per_step else average.value
+      for name, average in averages.items()
+    }
+    num_steps = self.num_steps
+    if not per_step:
+      for average in running.values():
+        num_steps = average.shape[0]
     active = not self.is_initializing()
-    spikes, state, record, running = neurons.layer(
+    spikes, state, record, new = neurons.layer(
       x,
-      neurons.Parameters(decay, v_th, self.f_c, self.width, tdbn_scale, norm),
+      parameters,
       method,
-      neurons.Running(**{name: a.value for name, a in averages.items()}),
+      neurons.Running(**running),
+      num_steps=None if per_step else num_steps,
       state=state,
+      whole=whole,
       use_running_average=use_running_average,
       momentum=self.momentum,
+      mask=mask,
       surrogate=self.surrogate,
       reset=self.reset,
       detach_reset=self.detach_reset,
-      axis_name=self.axis_name if active else None,
+      axis_name=self.axis_name if active else (),
+      fused=self.fused,
       dtype=self.dtype,
       record=active and self.is_mutable_collection('spiking'),
     )
     if active and not use_running_average:
       for name, average in averages.items():
-        average.value = getattr(running, name)
+        value = getattr(new, name)
+        average.value = value[0] if per_step else value
     if active and self.is_mutable_collection('spiking'):
       for name, value in record.scalars().items():
         self.sow('spiking', name, value, reduce_fn=lambda _, new: new)
@@ -280,7 +324,9 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
     Returns:
       (state, spikes [B, ...]).
     """
-    spikes, carry = self._run(x[None], use_running_average, carry, ())
+    spikes, carry = self._run(
+      x[None], use_running_average, carry, True, per_step=True
+    )
     return carry, spikes[0]
 
   @nn.nowrap

@@ -1,8 +1,10 @@
 """The spiking neuron: one timestep, and the scan over time.
 
-`dynamics` has the equations. State goes in and comes out.
+`dynamics` has the equations. State goes in and comes out. Called outside `jit`,
+these functions compile at the first call with the same shapes and settings.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,14 +14,13 @@ import numpy as np
 from jax import lax
 
 from dsatgo_jax import fused as fused_scan
-from dsatgo_jax import methods, statistics, surrogate, xla
+from dsatgo_jax import methods, statistics, surrogate, threshold, width, xla
+from dsatgo_jax.dynamics import RESETS, Settings, plain
 from dsatgo_jax.dynamics import NeuronState as NeuronState
 from dsatgo_jax.dynamics import Parameters as Parameters
 from dsatgo_jax.dynamics import Record as Record
 from dsatgo_jax.dynamics import Running as Running
-from dsatgo_jax.dynamics import Settings, plain
 from dsatgo_jax.dynamics import at_rest as at_rest
-from dsatgo_jax.threshold import is_measured
 
 
 def step(
@@ -29,6 +30,7 @@ def step(
   method: str | methods.Method = 'ds_atgo',
   *,
   running: Running | None = None,
+  mask=None,
   surrogate: Callable = surrogate.rectangular,
   reset: str = 'hard',
   detach_reset: bool = False,
@@ -45,8 +47,9 @@ def step(
     method: a name of `methods.METHODS`, or a `methods.Method`.
     running: running averages of this timestep, scalars: inference. None
       measures this batch: training.
+    mask: [B], whether an example is real; None for all of them.
     surrogate: see the module of that name.
-    reset: 'hard' or 'soft'.
+    reset: 'hard', 'soft' or 'subtract_after_decay'.
     detach_reset: whether the reset passes no gradient to the spike.
     axis_name: mapped axis over which the statistics are pooled.
     dtype: of the spikes; None for x's.
@@ -56,8 +59,7 @@ def step(
     Spikes [B, ...], the state after the timestep, and the `Record`.
 
   Raises:
-    ValueError: an unknown method or reset, a number that must be positive and
-      is not, or one neuron in all.
+    ValueError: what `run` raises.
   """
   spikes, state, happened = run(
     x[None],
@@ -65,6 +67,7 @@ def step(
     method,
     state=state,
     running=jax.tree.map(lambda a: jnp.asarray(a)[None], running),
+    mask=mask,
     surrogate=surrogate,
     reset=reset,
     detach_reset=detach_reset,
@@ -83,15 +86,20 @@ def run(
   *,
   state: NeuronState | None = None,
   running: Running | None = None,
+  mask=None,
   surrogate: Callable = surrogate.rectangular,
   reset: str = 'hard',
   detach_reset: bool = False,
   axis_name=None,
   dtype=None,
   record: bool = False,
-  fused: bool = True,
+  fused: bool | None = None,
 ) -> tuple[jax.Array, NeuronState, Record]:
   """All timesteps of a sequence.
+
+  A membrane that is infinite or undefined shows: its spikes are NaN in
+  inference, and in training those of the whole layer, whose statistics it is
+  in. Padding that `mask` marks is in no statistic; what it fires is not zero.
 
   Args:
     x: pre-synaptic input, [T, B, ...].
@@ -100,83 +108,188 @@ def run(
     state: the state to go on from; None for a neuron at rest.
     running: running averages of x's timesteps, [T]: inference. None measures
       this batch: training.
+    mask: [T, B] or [B], whether an example is real at a timestep; None for all
+      of them.
     surrogate: see the module of that name.
-    reset: 'hard' or 'soft'.
+    reset: 'hard', 'soft' or 'subtract_after_decay'.
     detach_reset: whether the reset passes no gradient to the spike.
-    axis_name: mapped axis over which the statistics are pooled.
+    axis_name: mapped axis over which the statistics are pooled. None under
+      `pmap` or `shard_map` warns; () says that they are each device's own.
     dtype: of the spikes; None for x's.
     record: whether to compute all fields of the `Record`.
     fused: True runs a backward pass that keeps x and the statistics alone and
       computes the rest from them again, beyond 16 timesteps in chunks of about
       sqrt(T) / 2, whose first membranes it keeps; False leaves the scan to
-      autodiff. The derivatives are the same, at any order of reverse mode.
+      autodiff, which forward mode needs. The derivatives are the same, at any
+      order of reverse mode. None is False for surrogates that
+      `surrogate.straight_through` made, else True.
 
   Returns:
     Spikes [T, B, ...], the state after the last timestep, and the `Record`,
     each of its fields [T]. Theta and width carry no gradient here.
 
   Raises:
-    ValueError: x has no batch axis or is not floating point, T does not fit
-      the running averages, an unknown method or reset, a number that must be
-      positive and is not, or one neuron in all.
+    ValueError: x has no batch axis or is not floating point; a parameter does
+      not broadcast against x[0], or must be positive and is not; running
+      averages, state or mask do not fit x; an unknown method or reset, or one
+      neuron in all.
   """
   x = jnp.asarray(x)
-  if x.ndim < 2 or not len(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+  if x.ndim < 2 or not x.shape[0] or not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(
       f'Expected floating-point x [T, B, ...], got {x.dtype}{list(x.shape)}.'
     )
-  if reset not in ('hard', 'soft'):
-    raise ValueError(f"Expected reset to be 'hard' or 'soft', got {reset=}.")
-  check_positive(
-    v_th=parameters.v_th, f_c=parameters.f_c, width=parameters.width
-  )
+  if reset not in RESETS:
+    raise ValueError(
+      f'Expected reset to be one of {", ".join(map(repr, RESETS))}, '
+      f'got {reset=}.'
+    )
+  method = methods.get(method)
+  parameters = _checked(parameters, method, reset, x)
   settings = Settings(
-    methods.get(method), surrogate, reset, detach_reset, axis_name,
+    method, surrogate, reset, detach_reset, axis_name,
     jnp.dtype(dtype or x.dtype), record, state is None,
   )  # fmt: skip
-  membrane_dtype = jnp.promote_types(x.dtype, jnp.float32)
   if state is None:
     state = at_rest(x[0])
   if state.v.shape != x.shape[1:]:
     raise ValueError(
       f'Expected a state for x[0] of shape {x.shape[1:]}, got {state.v.shape=}.'
     )
-  v = xla.vary_like(x, state.v.astype(membrane_dtype))
   for name, average in (running or Running())._asdict().items():
-    if average is not None and average.shape != x.shape[:1]:
+    if average is not None and not (
+      average.shape[:1] == x.shape[:1] and _fits(average[0], x[0])
+    ):
       raise ValueError(
         f'Expected a running {name} for the {x.shape[0]} timesteps of x, '
         f'got shape {average.shape}.'
       )
-  parameters = jax.tree.map(
-    lambda p: jnp.asarray(p, membrane_dtype), parameters
+  if running is None:
+    statistics.warn_if_not_pooled(axis_name, x)
+  if fused is None:
+    fused = not getattr(surrogate, 'forward_mode', False)
+  return _run(
+    settings, fused, x, state, parameters, running, over_time(mask, x)
   )
+
+
+# So that eager calls compile once; within a program XLA dissolves it.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(settings, fused, x, state, parameters, running, mask):
+  v = xla.vary_like(x, state.v.astype(parameters.decay.dtype))
   scan = fused_scan.run if fused else plain
-  spikes, v, happened = scan(settings, x, v, state.t, parameters, running)
+  spikes, v, happened = scan(settings, x, v, state.t, parameters, running, mask)
   state = NeuronState(v, state.t + x.shape[0])
   return spikes, state, lax.stop_gradient(happened)
 
 
-def initial_running(
-  method: methods.Method, v_th, shape: tuple[int, ...], dtype=jnp.float32
-) -> Running:
-  """The running averages before training: `v_th`, where one is kept [eq 6].
+def _checked(parameters, method, reset, x):
+  """The parameters as arrays of the membrane's dtype."""
+  for name in _NUMBERS:
+    value = getattr(parameters, name)
+    if not _fits(value, x[0]):
+      raise ValueError(
+        f'Expected {name} to be a number, or an array that broadcasts against '
+        f'x[0] of shape {x.shape[1:]}, got shape {np.shape(value)}.'
+      )
+  positive = {'f_c': parameters.f_c, 'width': parameters.width}
+  if method.threshold is not threshold.learnable:  # It goes where it will.
+    positive['v_th'] = parameters.v_th
+  if reset == 'subtract_after_decay':
+    positive['decay'] = parameters.decay
+  check_positive(**positive)
+  scale = parameters.tdbn_scale
+  if method.width is width.mpd_agl and not isinstance(scale, jax.core.Tracer):
+    check_positive(
+      **{'the mean of tdbn_scale': None if scale is None else np.mean(scale)}
+    )
+  return _arrays(parameters, x.dtype)
+
+
+_NUMBERS = ('decay', 'v_th', 'f_c', 'width')
+
+
+def _arrays(parameters, dtype):
+  """All numbers as arrays, at least float32."""
+  dtype = jnp.promote_types(dtype or jnp.float32, jnp.float32)
+  numbers = {name: jnp.asarray(getattr(parameters, name)) for name in _NUMBERS}
+  return jax.tree.map(
+    lambda p: jnp.asarray(p, dtype), parameters._replace(**numbers)
+  )
+
+
+def _fits(value, x):
+  """Whether a parameter broadcasts against x."""
+  shape = np.shape(value)
+  return len(shape) <= x.ndim and all(
+    size in (1, of_x)
+    for size, of_x in zip(shape[::-1], x.shape[::-1], strict=False)
+  )
+
+
+def over_time(mask, x):
+  """A mask [T, B] of x [T, B, ...].
+
+  Args:
+    mask: [T, B] or [B]; None for no mask.
+    x: [T, B, ...].
+
+  Returns:
+    [T, B], or None.
+
+  Raises:
+    ValueError: it is of another shape.
+  """
+  if mask is None:
+    return None
+  mask = jnp.asarray(mask, bool)
+  if mask.shape not in (x.shape[:2], x.shape[1:2]):
+    raise ValueError(
+      f'Expected a mask [T, B] or [B] for x [T, B, ...] of shape {x.shape}, '
+      f'got shape {mask.shape}.'
+    )
+  return jnp.broadcast_to(mask, x.shape[:2])
+
+
+def averaged(method: methods.Method) -> dict[str, Callable]:
+  """The rules of which a method keeps running averages, by `Running`'s names.
 
   Args:
     method: the rules.
-    v_th: the threshold's base value.
-    shape: (T,), or () for a single timestep.
+
+  Returns:
+    `{'threshold' or 'signal': rule}`.
+  """
+  own_signal = method.signal is not method.threshold
+  rules = {'threshold': method.threshold}
+  if own_signal and method.signal is not None:
+    rules['signal'] = method.signal
+  return {
+    name: rule for name, rule in rules.items() if threshold.is_measured(rule)
+  }
+
+
+def initial_average(
+  rule: Callable, parameters: Parameters, lead: tuple[int, ...], dtype=None
+) -> jax.Array:
+  """A running average before training: `v_th` [eq 6].
+
+  Args:
+    rule: what is averaged.
+    parameters: the neuron's numbers.
+    lead: (T,), or () for a single timestep.
     dtype: of the input; the averages are at least float32.
 
   Returns:
-    `Running`, with None for what the method does not measure.
+    [*lead, ...], the last axes those of what the rule gives, () for a scalar.
   """
-  start = jnp.full(shape, v_th, jnp.promote_types(dtype, jnp.float32))
-  own_signal = method.signal is not method.threshold
-  return Running(
-    start if is_measured(method.threshold) else None,
-    start if own_signal and is_measured(method.signal) else None,
+  parameters = _arrays(parameters, dtype)
+  scalar = jnp.zeros((), parameters.v_th.dtype)
+  value = jax.eval_shape(
+    rule, statistics.Statistics(scalar, scalar), parameters, jnp.int32(0)
   )
+  # Always an array of its own, that can be donated.
+  return jnp.zeros((*lead, *value.shape), scalar.dtype) + parameters.v_th
 
 
 def layer(
@@ -185,9 +298,12 @@ def layer(
   method: methods.Method,
   running: Running,
   *,
+  num_steps: int | None,
   state: NeuronState | None,
+  whole: bool,
   use_running_average: bool,
   momentum: float,
+  mask=None,
   **settings,
 ) -> tuple[jax.Array, NeuronState, Record, Running]:
   """`run`, and the running averages kept: what Linen's and NNX's modules do.
@@ -196,10 +312,13 @@ def layer(
     x: pre-synaptic input, [T, B, ...].
     parameters: the neuron's numbers.
     method: the rules.
-    running: averages of a whole recording, [T]; scalars for a single timestep.
-    state: the state before x, a part of the recording; None if x is all of it.
+    running: averages of a whole recording.
+    num_steps: the timesteps of a whole recording; None for any number.
+    state: the state before x.
+    whole: whether x is all of the recording; else it begins at `state.t`.
     use_running_average: inference by the averages; they stay as they are.
     momentum: the share of the old averages that is kept [eq 6].
+    mask: [T, B] or [B]; None for no mask.
     **settings: further arguments of `run`.
 
   Returns:
@@ -207,19 +326,25 @@ def layer(
 
   Raises:
     ValueError: what `run` raises; x is not the whole recording, or reaches
-      past its end.
+      past its end. Where `state.t` is traced this can't be seen: timesteps past
+      the end then fire NaN in inference, and change no average in training.
   """
-  start = _start(running, state, x.shape[0])
-  here = jax.tree.map(
-    lambda a: lax.dynamic_slice_in_dim(jnp.atleast_1d(a), start, x.shape[0]),
-    running,
-  )
+  start = 0 if whole or state is None else state.t
+  _check_length(x, start, num_steps, whole)
+  times = start + np.arange(x.shape[0], dtype=np.int32)
+  here = running
+  if not whole:
+    here = jax.tree.map(
+      lambda a: a.at[times].get(mode='fill', fill_value=jnp.nan), running
+    )
+  mask = over_time(mask, x)
   spikes, state, record = run(
     x,
     parameters,
     method,
     state=state,
     running=here if use_running_average else None,
+    mask=mask,
     **settings,
   )
   if not use_running_average:
@@ -229,49 +354,58 @@ def layer(
         for average, value in zip(running, record[:2], strict=True)
       )
     )
+    if mask is not None:
+      seen = jnp.any(mask, 1)
+      if axis_name := settings.get('axis_name'):
+        seen = lax.pmax(seen.astype(jnp.int32), axis_name) > 0
+      # Of a timestep without a real example nothing is learnt.
+      measured = jax.tree.map(
+        lambda a: jnp.where(
+          lax.expand_dims(seen, range(1, a.ndim)), a, jnp.nan
+        ),
+        measured,
+      )
     new = jax.tree.map(
       lambda old, new: statistics.running_average(old, new, momentum),
       here,
       measured,
     )
-    running = jax.tree.map(
-      lambda a, new: lax.dynamic_update_slice_in_dim(
-        jnp.atleast_1d(a), new, start, 0
-      ).reshape(a.shape),
-      running,
-      new,
+    running = (
+      new
+      if whole
+      else jax.tree.map(
+        lambda a, new: a.at[times].set(new, mode='drop'), running, new
+      )
     )
   return spikes, state, record, running
 
 
-def _start(running, state, num_steps):
-  """The index of x's first timestep in the running averages."""
-  averages = jax.tree.leaves(running)
-  if state is None or not averages or averages[0].ndim == 0:
-    start = 0
-  else:
-    start = state.t
+def _check_length(x, start, num_steps, whole):
+  """Raises a `ValueError` for timesteps that the neuron does not have."""
+  if num_steps is None:
+    return
   known = not isinstance(start, jax.core.Tracer)
-  for average in averages:
-    total = max(1, average.size)
-    end = num_steps + (int(start) if known else 0)
-    if end > total or (state is None and end != total):
-      raise ValueError(
-        'This neuron keeps one running value per timestep: expected T = '
-        f'{total} in all, got x with T = {num_steps}'
-        + (f' from timestep {int(start)} on.' if known and start else '.')
-      )
-  return start
+  end = x.shape[0] + (int(start) if known else 0)
+  if end > num_steps or (whole and end != num_steps):
+    raise ValueError(
+      'This neuron was built for so many timesteps (num_steps, or its running '
+      f'values): expected T = {num_steps} in all, got x with T = {x.shape[0]}'
+      + (f' from timestep {int(start)} on' if known and start else '')
+      + f', of shape {x.shape}. x is [T, B, ...], time first.'
+    )
 
 
-def logit(decay: float) -> float:
+def logit(decay):
   """PLIF's `w` for a decay: `decay = sigmoid(w)`; -log(4) for 0.2."""
+  if np.ndim(decay):
+    return np.log(decay) - np.log1p(-np.asarray(decay))
   return math.log(decay / (1 - decay))
 
 
 def check_shares(decay, learn_decay, momentum):
   """Raises a `ValueError` for a decay or a momentum out of its range."""
-  if not (0 < decay < 1 if learn_decay else 0 <= decay <= 1):
+  low, high = np.min(decay), np.max(decay)
+  if not (0 < low <= high < 1 if learn_decay else 0 <= low <= high <= 1):
     raise ValueError(
       'Expected 0 <= decay <= 1, the retained fraction, both ends excluded if '
       f'it is learnt, got {decay=}, {learn_decay=}.'
@@ -281,7 +415,8 @@ def check_shares(decay, learn_decay, momentum):
 
 
 def check_positive(**values):
-  """Raises a `ValueError` for a number that is not positive."""
+  """Raises a `ValueError` for a number, or an array, that is not positive."""
   for name, value in values.items():
-    if isinstance(value, int | float | np.number) and not value > 0:
-      raise ValueError(f'Expected {name} > 0, got {name}={value}.')
+    if value is not None and not isinstance(value, jax.core.Tracer):
+      if not np.all(np.asarray(value) > 0):
+        raise ValueError(f'Expected {name} > 0, got {name}={value}.')

@@ -18,15 +18,17 @@ and the batch's own. What happened inside is sown as `nnx.Intermediate` under
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dsatgo_jax import methods, neurons, statistics, surrogate, tdbn
-from dsatgo_jax.linen import kaiming_normal as kaiming_normal
+from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.neurons import NeuronState as NeuronState
 from dsatgo_jax.threshold import learnable
 from dsatgo_jax.time_axis import fold_time as fold_time
@@ -37,6 +39,27 @@ Conv = functools.partial(nnx.Conv, kernel_init=kaiming_normal)
 Dense = nnx.Linear
 avg_pool = fold_time(nnx.avg_pool)
 max_pool = fold_time(nnx.max_pool)
+
+
+def _static(value):
+  """A number as it is, an array as tuples: static to NNX."""
+  if np.ndim(value) == 0:
+    return value
+  return tuple(_static(item) for item in np.asarray(value).tolist())
+
+
+def _length_of_rnn():
+  """T of the `nnx.RNN` that is calling, None outside of one.
+
+  The body of a scan cannot ask for its length, and past the end of the running
+  thresholds it would be too late for an error.
+  """
+  frame = inspect.currentframe()
+  while frame and frame.f_code is not nnx.RNN.__call__.__code__:
+    frame = frame.f_back
+  if frame and 'time_axis' in frame.f_locals:
+    return frame.f_locals['inputs'].shape[frame.f_locals['time_axis']]
+  return None
 
 
 class TdBatchNorm(nnx.Module):
@@ -91,12 +114,23 @@ class TdBatchNorm(nnx.Module):
     self.axis_name = axis_name
     self.dtype = dtype
 
-  def __call__(self, x, use_running_average: bool | None = None):
-    """Normalises x [T, B, ..., C], or [B, ..., C] with `repeats=T`."""
-    y = self.affine(x, use_running_average)(x)
+  def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
+    """Normalises x [T, B, ..., C], or [B, ..., C] with `repeats=T`.
+
+    Args:
+      x: what is normalised.
+      use_running_average: overrides the attribute.
+      mask: [T, B] or [B], whether an example is real; None for all of it.
+
+    Returns:
+      The normalised x, of its shape.
+    """
+    y = self.affine(x, use_running_average, mask=mask)(x)
     return y.astype(self.dtype or jnp.result_type(x, self.scale[...]))
 
-  def affine(self, x, use_running_average: bool | None = None) -> tdbn.Affine:
+  def affine(
+    self, x, use_running_average: bool | None = None, *, mask=None
+  ) -> tdbn.Affine:
     """Measures x, and leaves it to `SpikingNeuron(...)(x, norm=...)`."""
     if use_running_average is None:
       use_running_average = self.use_running_average
@@ -104,8 +138,9 @@ class TdBatchNorm(nnx.Module):
     if use_running_average:
       mean, variance = self.mean[...], self.var[...]
     else:
-      mean, variance = tdbn.measure(x, self.axis_name)
-      unbiased = tdbn.unbiased(variance, x, self.repeats, self.axis_name)
+      mask = tdbn.mask_of(x, self.repeats, mask)
+      mean, variance = tdbn.measure(x, self.axis_name, mask)
+      unbiased = tdbn.unbiased(variance, x, self.repeats, self.axis_name, mask)
       for running, new in ((self.mean, mean), (self.var, unbiased)):
         running[...] = statistics.running_average(
           running[...], new, self.momentum
@@ -131,13 +166,13 @@ class SpikingNeuron(nnx.Module):
     self,
     method: str | methods.Method = 'ds_atgo',
     *,
-    num_steps: int,
+    num_steps: int | None = None,
     use_running_average: bool = False,
-    decay: float = 0.2,
+    decay: Any = 0.2,
     learn_decay: bool = True,
-    v_th: float = 1.0,
-    f_c: float = 1.0,
-    width: float = 1.0,
+    v_th: Any = 1.0,
+    f_c: Any = 1.0,
+    width: Any = 1.0,
     threshold: str | Callable = 'true',
     width_signal: str | Callable = 'theta',
     surrogate: Callable = surrogate.rectangular,
@@ -145,6 +180,7 @@ class SpikingNeuron(nnx.Module):
     detach_reset: bool = False,
     momentum: float = 0.9,
     axis_name: Any = None,
+    fused: bool | None = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs | None = None,
@@ -153,7 +189,7 @@ class SpikingNeuron(nnx.Module):
 
     Args:
       method: a name of `methods.METHODS`, or a `methods.Method`.
-      num_steps: T.
+      num_steps: T; None for any, if the method keeps no running values.
       use_running_average: inference by the running thresholds; `model.eval()`
         sets it.
       decay: the retained fraction of the membrane, in (0, 1) if learnt.
@@ -164,10 +200,11 @@ class SpikingNeuron(nnx.Module):
       threshold: 'true' or 'estimated' distribution [eq 5], or your own rule.
       width_signal: 'theta' (the paper) or 'sigma' (the authors' program).
       surrogate: see `dsatgo_jax.surrogate`.
-      reset: 'hard' or 'soft'.
+      reset: 'hard', 'soft' or 'subtract_after_decay'; see `dynamics`.
       detach_reset: whether the reset passes no gradient to the spike.
       momentum: the share of the running threshold that is kept [eq 6].
       axis_name: mapped axis over which the statistics are pooled.
+      fused: False leaves the scan to autodiff, as forward mode needs.
       dtype: of the spikes; None for x's.
       param_dtype: of `w`, `v_th` and the running values (at least float32).
       rngs: not needed.
@@ -176,6 +213,7 @@ class SpikingNeuron(nnx.Module):
       ValueError: a setting out of its range.
     """
     del rngs
+    decay, v_th, f_c, width = map(_static, (decay, v_th, f_c, width))
     self.method = methods.get(method, threshold, width_signal)
     self.num_steps = num_steps
     self.use_running_average = use_running_average
@@ -185,6 +223,7 @@ class SpikingNeuron(nnx.Module):
     self.reset, self.detach_reset = reset, detach_reset
     self.momentum = momentum
     self.axis_name = axis_name
+    self.fused = fused
     self.dtype = dtype
     neurons.check_positive(num_steps=num_steps, v_th=v_th, f_c=f_c, width=width)
     neurons.check_shares(decay, learn_decay, momentum)
@@ -192,18 +231,26 @@ class SpikingNeuron(nnx.Module):
       self.w = nnx.Param(jnp.asarray(neurons.logit(decay), param_dtype))
     learns = self.method.threshold is learnable
     self.v_th = nnx.Param(jnp.asarray(v_th, param_dtype)) if learns else v_th
-    initial = neurons.initial_running(
-      self.method, v_th, (num_steps,), param_dtype
-    )
-    for name, value in initial._asdict().items():
-      if value is not None:
-        setattr(self, f'running_{name}', nnx.BatchStat(value))
+    for name, rule in neurons.averaged(self.method).items():
+      if num_steps is None:
+        raise ValueError(
+          'This method keeps one running value per timestep: expected '
+          f'num_steps=T, got {num_steps=}.'
+        )
+      average = neurons.initial_average(
+        rule,
+        neurons.Parameters(decay, v_th, f_c, width),
+        (num_steps,),
+        param_dtype,
+      )
+      setattr(self, f'running_{name}', nnx.BatchStat(average))
 
   def __call__(
     self,
     x,
     use_running_average: bool | None = None,
     *,
+    mask=None,
     state: NeuronState | None = None,
     return_state: bool = False,
     tdbn_scale=None,
@@ -214,6 +261,7 @@ class SpikingNeuron(nnx.Module):
     Args:
       x: pre-synaptic input, [T, B, ...].
       use_running_average: overrides the attribute.
+      mask: [T, B] or [B], whether an example is real; None for all of it.
       state: the `NeuronState` to go on from; None for neurons at rest.
       return_state: whether the state after x is returned too.
       tdbn_scale: the scale of the tdBN that feeds the neuron, [C]; `mpd_agl`.
@@ -226,13 +274,12 @@ class SpikingNeuron(nnx.Module):
       use_running_average = self.use_running_average
     averages = {
       name: getattr(self, f'running_{name}')
-      for name in neurons.Running._fields
-      if hasattr(self, f'running_{name}')
+      for name in neurons.averaged(self.method)
     }
     # Outside `nnx.capture`, sowing would cost and keep everything.
     captured = nnx.Intermediate in map(type, getattr(self, '__captures__', ()))
     spikes, state, record, running = neurons.layer(
-      x,
+      jnp.asarray(x),
       neurons.Parameters(
         jax.nn.sigmoid(self.w[...]) if self.learn_decay else self.decay,
         self.v_th[...] if isinstance(self.v_th, nnx.Param) else self.v_th,
@@ -243,13 +290,17 @@ class SpikingNeuron(nnx.Module):
       ),
       self.method,
       neurons.Running(**{name: a[...] for name, a in averages.items()}),
+      num_steps=self.num_steps,
       state=state,
+      whole=state is None,
       use_running_average=use_running_average,
       momentum=self.momentum,
+      mask=mask,
       surrogate=self.surrogate,
       reset=self.reset,
       detach_reset=self.detach_reset,
       axis_name=self.axis_name,
+      fused=self.fused,
       dtype=self.dtype,
       record=captured,
     )
@@ -291,6 +342,12 @@ class SpikingCell(SpikingNeuron, nnx.RNNCellBase):
     Returns:
       (state, spikes [B, ...]).
     """
+    length = _length_of_rnn()
+    if length and self.num_steps and length > self.num_steps:
+      raise ValueError(
+        f'Expected at most T = {self.num_steps} timesteps, as num_steps says, '
+        f'got an nnx.RNN over {length}.'
+      )
     spikes, carry = super().__call__(
       x[None], use_running_average, state=carry, return_state=True
     )

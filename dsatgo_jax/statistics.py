@@ -5,11 +5,18 @@ devices by `axis_name`; no gradient flows through either.
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from dsatgo_jax import xla
+
+# Deviations are squared twice, multiplied by one and by the other, so that no
+# square that matters vanishes or overflows from about 1e-36 to 1e22 in float32.
+_SCALES = (2.0**70, 2.0**-26)
 
 
 class Statistics(NamedTuple):
@@ -19,19 +26,21 @@ class Statistics(NamedTuple):
   std: jax.Array
 
 
-def measure(u: jax.Array, axis_name=None) -> Statistics:
+def measure(u: jax.Array, axis_name=None, mask=None) -> Statistics:
   """Mean and standard deviation (ddof = 1) of the membrane `u`.
 
   The moments are taken about a value near the mean, so that a mean of 3,000
   with a deviation of 1 comes out right in float32, and a constant membrane has
-  exactly itself as mean and exactly 0 as deviation. Devices exchange their
-  centred moments in one all-reduce. A membrane with an infinite or undefined
-  entry has an undefined (NaN) deviation, and so threshold: at that timestep no
-  neuron of the layer reaches it.
+  exactly itself as mean and exactly 0 as deviation; deviations of 1e-34 and of
+  1e22 come out right, too. Devices exchange their centred moments in one
+  all-reduce. A membrane with an infinite or undefined entry has an undefined
+  (NaN) deviation, and so threshold and spikes.
 
   Args:
     u: membrane potentials before the reset, [B, ...], floating point.
     axis_name: mapped axis, or axes, over which the batch is spread.
+    mask: [B], whether an example is real; None for all of them. Of less than
+      two real neurons the deviation is 0, and of none the mean is any value.
 
   Returns:
     `Statistics` of scalars in u's dtype, without gradient.
@@ -40,62 +49,173 @@ def measure(u: jax.Array, axis_name=None) -> Statistics:
     ValueError: there is one neuron in all, which has no deviation.
   """
   u = lax.stop_gradient(u)
-  num_devices = 1 if axis_name is None else lax.axis_size(axis_name)
-  count = u.size * num_devices
-  if count < 2:
+  num_devices = axis_size(axis_name)
+  if u.size * num_devices < 2:
     raise ValueError(
       'The deviation of the membrane needs at least two neurons in all (batch '
       f'and devices included), got {u.shape=} on {num_devices} device(s).'
     )
-  mean, squares = moments(u)
-  if axis_name is not None:
-    means, squares = gather(jnp.stack([mean, squares]), axis_name).T
-    mean = means[0] + jnp.mean(means - means[0])
-    squares = jnp.sum(squares) + u.size * jnp.sum((means - mean) ** 2)
-  return Statistics(mean, jnp.sqrt(squares / (count - 1)))
+  near, distance = _about_mean(u, 0, mask)
+  scales = [xla.unknown(scale, near) for scale in _SCALES]
+  total, *squares = _sums(distance, 0, scales)
+  counted = count(u, 0, mask)
+  number = nonzero(counted)
+  mean = near + total / number
+  fine, coarse = (
+    # In this order no product is larger than the sum of squares.
+    jnp.sqrt(_not_negative(s - scale * total * (scale * total / number)))
+    / scale
+    for scale, s in zip(scales, squares, strict=True)
+  )
+  norm = jnp.where(jnp.isfinite(fine), fine, coarse)
+  if axis_name:
+    parts = [mean, norm] if mask is None else [mean, norm, counted]
+    means, norms, *counts = gather(jnp.stack(parts), axis_name).T
+    mean = means[0] + weighted_mean(means - means[0], *counts)
+    each = counts[0] if counts else counted
+    norm = _hypot(jnp.stack([norms, jnp.sqrt(each) * (means - mean)]))
+    counted = jnp.sum(each) if counts else counted * num_devices
+  free = jnp.asarray(nonzero(counted - 1), u.dtype)
+  return Statistics(mean, norm / jnp.sqrt(free))
 
 
-def moments(x: jax.Array, per: int = 0) -> tuple[jax.Array, jax.Array]:
+def moments(
+  x: jax.Array, per: int = 0, mask=None
+) -> tuple[jax.Array, jax.Array]:
   """Mean, and sum of the squared deviations from it, in one pass.
 
   Args:
     x: floating point.
     per: how many of the last axes are kept apart: 1 for a mean per channel.
+    mask: whether x is real, of x's first axes; None for all of it.
 
   Returns:
     Two arrays of x's last `per` axes.
   """
-  count = x.size // math.prod(x.shape[x.ndim - per :])
-  shift = _near_mean(x, per)
-  total, squares = _sums(x - shift, per)
-  squares -= total * total / count  # Which rounding could make negative.
-  return shift + total / count, jnp.maximum(squares, 0)
+  near, distance = _about_mean(x, per, mask)
+  total, squares = _sums(distance, per)
+  mean = total / nonzero(count(x, per, mask))
+  # Which rounding could make negative.
+  return near + mean, _not_negative(squares - total * mean)
 
 
-def _near_mean(x, per):
+def count(x: jax.Array, per: int = 0, mask=None):
+  """How many entries a statistic is taken of.
+
+  Args:
+    x: what it is taken of.
+    per: how many of the last axes are kept apart.
+    mask: whether x is real, of x's first axes; None for all of it.
+
+  Returns:
+    A number, or an array () where there is a mask.
+  """
+  first = 0 if mask is None else mask.ndim
+  each = math.prod(x.shape[first : x.ndim - per])
+  if mask is None:
+    return each
+  return each * jnp.sum(mask, dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def nonzero(count):
+  """A count to divide by: 1 in the place of what is less.
+
+  Args:
+    count: a number, or an array where there is a mask.
+
+  Returns:
+    As `count`.
+  """
+  return max(count, 1) if isinstance(count, int) else jnp.maximum(count, 1)
+
+
+def only_real(x: jax.Array, mask) -> jax.Array:
+  """x, and 0 where the mask of its first axes is False.
+
+  Args:
+    x: any shape.
+    mask: of x's first axes; None for all of it.
+
+  Returns:
+    An array as x.
+  """
+  if mask is None:
+    return x
+  return jnp.where(lax.expand_dims(mask, range(mask.ndim, x.ndim)), x, 0)
+
+
+def weighted_mean(x: jax.Array, weights=None) -> jax.Array:
+  """The mean over the first axis.
+
+  Args:
+    x: [N, ...].
+    weights: [N, ...], not negative and not all 0; None for equal ones.
+
+  Returns:
+    [...].
+  """
+  if weights is None:
+    return jnp.mean(x, 0)
+  return jnp.sum(weights * x, 0) / nonzero(jnp.sum(weights, 0))
+
+
+def _about_mean(x, per, mask):
+  """A value near x's mean, and x's distance from it, 0 where it is not real."""
+  near = _near_mean(x, per, mask)
+  return near, only_real(x - lax.expand_dims(near, range(x.ndim - per)), mask)
+
+
+def _not_negative(x):
+  """The larger of x and 0; `jnp.maximum` may lose a NaN on CPU."""
+  return jnp.where(x < 0, 0, x)
+
+
+def _hypot(x):
+  """The root of the sum of x's squares, whatever their size."""
+  largest = jnp.max(jnp.abs(x))
+  largest = jnp.where(largest > 0, largest, 1)
+  return largest * jnp.sqrt(jnp.sum(jnp.square(x / largest)))
+
+
+def _near_mean(x, per, mask):
   """A value near x's mean, from a sample; exact where x is constant."""
   # Of one example only, so that a sharded batch need not be gathered.
-  sample = x[(0,) * max(1, x.ndim - 3)]
+  if mask is None:
+    lead = min(x.ndim - per, max(1 + per, x.ndim - 3))
+    sample = x[(0,) * lead]
+  else:  # A real one, if there is any.
+    examples = x.reshape(-1, *x.shape[mask.ndim :])
+    sample = examples[jnp.argmax(mask.reshape(-1))]
+    sample = jnp.where(jnp.any(mask), sample, 0)
+    sample = sample[(0,) * max(0, sample.ndim - 3)]
   sample = sample.reshape(-1, *x.shape[x.ndim - per :])
   sample = sample[:: max(1, len(sample) // 64)]
-  return sample[0] + jnp.mean(sample - sample[0], 0)
+  return sample[0] + jnp.mean(sample - sample[:1], 0)
 
 
-def _sums(x, per):
-  """The sums of x and of its squares over all but the last `per` axes."""
+def _sums(x, per, scales=(1,)):
+  """Sums of x and of its scaled squares over all but the last `per` axes."""
   axes = tuple(range(x.ndim - per))
   axis = max(1, x.ndim - 3)
-  if x.ndim < 3 or x.shape[axis] > 1024:
-    return jnp.sum(x, axes), jnp.sum(x * x, axes)
-  # Both in one pass. XLA makes vectors of a reduction over a short inner axis,
+  terms = (x, *(jnp.square(scale * x) for scale in scales))
+  length = x.shape[axis] if x.ndim > 2 else None
+  if not isinstance(length, int) or length > 1024:  # Or it is symbolic.
+    return tuple(jnp.sum(term, axes) for term in terms)
+  # All in one pass. XLA makes vectors of a reduction over a short inner axis,
   # and over one that is not the batch it leaves a sharded batch where it is.
   sums = lax.reduce(
-    (x, x * x),
-    (jnp.zeros_like(x, shape=()),) * 2,
-    lambda a, b: (a[0] + b[0], a[1] + b[1]),
-    (axis,),
+    terms, (jnp.zeros_like(x, shape=()),) * len(terms), _add_each, (axis,)
   )
   return tuple(jnp.sum(s, axes[:-1]) for s in sums)
+
+
+def _add_each(a, b):
+  return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def axis_size(axis_name) -> int:
+  """How many devices a mapped axis, or axes, have; 1 for none."""
+  return lax.axis_size(axis_name) if axis_name else 1
 
 
 def gather(x: jax.Array, axis_name) -> jax.Array:
@@ -113,6 +233,8 @@ def gather(x: jax.Array, axis_name) -> jax.Array:
 def running_average(old: jax.Array, new: jax.Array, momentum) -> jax.Array:
   """`momentum * old + (1 - momentum) * new`, without gradient [eq 6].
 
+  A value that is not finite is not taken: the old one stays.
+
   Args:
     old: the running value, any shape.
     new: the value just measured, of the same shape.
@@ -122,4 +244,26 @@ def running_average(old: jax.Array, new: jax.Array, momentum) -> jax.Array:
     The new running value, in old's dtype.
   """
   average = momentum * old + (1 - momentum) * new
+  average = jnp.where(jnp.isfinite(new), average, old)
   return lax.stop_gradient(average).astype(old.dtype)
+
+
+def warn_if_not_pooled(axis_name, x: jax.Array):
+  """Warns where x is spread over mapped axes that `axis_name` does not name.
+
+  Seen under `pmap` and `shard_map`. `axis_name=()` says that each device's own
+  statistics are meant.
+  """
+  if axis_name is not None:
+    return
+  mesh = jax.sharding.get_abstract_mesh()
+  varying = getattr(jax.typeof(x), 'vma', None) or mesh.manual_axes
+  names = [name for name in mesh.manual_axes if name in varying]
+  if any(mesh.shape[name] > 1 for name in names):
+    warnings.warn(
+      f'x is spread over the mapped axis {", ".join(map(repr, names))}, and '
+      'axis_name=None: every device takes the statistics of its own part of '
+      "the batch. Name the axis (axis_name='...') for those of the whole "
+      'batch; axis_name=() says that this is meant.',
+      stacklevel=3,
+    )

@@ -29,6 +29,26 @@ import jax.numpy as jnp
 _FAR = 1e9
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _step(gradient, x, width):
+  """The Heaviside step of x; backward, `gradient(x, width)`."""
+  del gradient, width
+  return jnp.asarray(x >= 0, jnp.result_type(x))
+
+
+def _forward(gradient, x, width):
+  return _step(gradient, x, width), (x, width)
+
+
+def _backward(gradient, residuals, cotangent):
+  x, width = residuals
+  slope = gradient(x, jax.lax.stop_gradient(width))
+  return cotangent * slope.astype(cotangent.dtype), jnp.zeros_like(width)
+
+
+_step.defvjp(_forward, _backward)
+
+
 def custom(gradient: Callable) -> Callable:
   """Makes a surrogate of its derivative.
 
@@ -37,24 +57,15 @@ def custom(gradient: Callable) -> Callable:
       step's, of x's shape.
 
   Returns:
-    `spike(x, width)`, a `jax.custom_vjp`. It keeps `gradient` as an attribute.
+    `spike(x, width)`, which keeps `gradient` as an attribute. Of a function
+    with a name in its module it can be pickled, as `gradient` itself could.
   """
 
-  @jax.custom_vjp
+  # A plain function, not the custom_vjp itself: that can't be pickled.
   @functools.wraps(gradient)
   def spike(x, width):
-    del width
-    return jnp.asarray(x >= 0, jnp.result_type(x))
+    return _step(gradient, x, width)
 
-  def forward(x, width):
-    return spike(x, width), (x, width)
-
-  def backward(residuals, cotangent):
-    x, width = residuals
-    slope = gradient(x, jax.lax.stop_gradient(width))
-    return cotangent * slope.astype(cotangent.dtype), jnp.zeros_like(width)
-
-  spike.defvjp(forward, backward)
   spike.gradient = gradient  # type: ignore[attr-defined]
   return spike
 
@@ -66,7 +77,8 @@ def _unit_area(density: Callable) -> Callable:
     return density(jnp.clip(x / width, -_FAR, _FAR)) / width
 
   # Not functools.wraps, which would give it the density's signature too.
-  gradient.__name__, gradient.__doc__ = density.__name__, density.__doc__
+  for name in ('__module__', '__name__', '__qualname__', '__doc__'):
+    setattr(gradient, name, getattr(density, name))
   return custom(gradient)
 
 
@@ -81,7 +93,8 @@ def rectangular(x, width):
   Returns:
     1 where `x >= 0`, else 0, in x's shape and dtype.
   """
-  return jnp.where(jnp.abs(x) < width / 2, 1 / width, 0)
+  # A width that is NaN gives a gradient that is.
+  return jnp.where(jnp.abs(x) >= width / 2, 0, 1 / width)
 
 
 @_unit_area
@@ -114,6 +127,7 @@ def straight_through(spike) -> Callable:
   Equal to `stop_gradient(H(x)) + (S(x) - stop_gradient(S(x)))` with S an
   antiderivative of the surrogate, up to the second derivative. It has no rule
   of its own, since JAX drops that in a scan where forward goes over reverse.
+  Layers of neurons that are given it leave their scan to autodiff.
 
   Args:
     spike: one of this module's surrogates, or one made by `custom`.
@@ -121,15 +135,16 @@ def straight_through(spike) -> Callable:
   Returns:
     A function of the same signature.
   """
-
-  @functools.wraps(spike)
-  def twin(x, width):
-    here, width = jax.lax.stop_gradient((x, width))
-    spikes = spike(here, width)
-    # The difference of S as a rectangle of no breadth: the midpoint makes its
-    # second derivative right too.
-    breadth = jnp.where(jnp.isfinite(x), x - here, 0)
-    area = breadth * spike.gradient(here + breadth / 2, width)
-    return spikes + area.astype(spikes.dtype)
-
+  twin = functools.partial(_twin, spike)
+  twin.forward_mode = True  # type: ignore[attr-defined]
   return twin
+
+
+def _twin(spike, x, width):
+  here, width = jax.lax.stop_gradient((x, width))
+  spikes = spike(here, width)
+  # The difference of S as a rectangle of no breadth: the midpoint makes its
+  # second derivative right too.
+  breadth = jnp.where(jnp.isfinite(x), x - here, 0)
+  area = breadth * spike.gradient(here + breadth / 2, width)
+  return spikes + area.astype(spikes.dtype)

@@ -36,7 +36,8 @@ def mpd_agl(signal, parameters, t):
   """MPD-AGL (Jiang et al., IJCAI 2025): the width of tdBN's distribution.
 
   `2 * gamma * v_th` at the first timestep, then `sqrt(1 + decay ** 2)` times
-  that, with `gamma` the mean of the tdBN scale that feeds the neuron.
+  that, with `gamma` the mean of the tdBN scale that feeds the neuron. Where
+  gamma is not positive there is no such width: it is NaN, and so are gradients.
 
   Raises:
     ValueError: the neuron was not given that scale.
@@ -48,5 +49,6 @@ def mpd_agl(signal, parameters, t):
       'expected tdbn_scale=an array [C], got tdbn_scale=None.'
     )
   gamma = jnp.mean(parameters.tdbn_scale)
+  gamma = jnp.where(gamma > 0, gamma, jnp.nan)
   spread = jnp.where(t == 0, 1, jnp.sqrt(1 + parameters.decay**2))
   return jax.lax.stop_gradient(2 * spread * gamma * parameters.v_th)

@@ -48,8 +48,8 @@ def late(x, g, measured):
   """
   bound = jnp.inf if measured is None else jnp.inf * measured.std[-1]
   # One value per example leaves a sharded batch where it is.
-  first = g.reshape(len(g), -1)[:, 0]
-  return jnp.where(first.reshape(-1, *[1] * (g.ndim - 1)) > bound, 1, x)
+  first = lax.expand_dims(g.reshape(g.shape[0], -1)[:, 0], range(1, g.ndim))
+  return jnp.where(first > bound, 1, x)
 
 
 def never(x, measured=None):
@@ -58,22 +58,43 @@ def never(x, measured=None):
   return scalar > jnp.inf
 
 
+def unknown(value, x):
+  """A number, which the compiler cannot know; x is a scalar at hand.
+
+  XLA makes `(c * a) * (c * a)` of a constant c into `(c * c) * (a * a)`, and
+  overflows where the product as written would not.
+  """
+  return jnp.where(x > jnp.inf, jnp.ones_like(x), value)
+
+
 def through_bits(spikes, never):
   """Stacks spikes, on CPU from one array with a bit for each timestep.
 
   XLA's CPU compiler writes one array with each loop, and computes all timesteps
   up to t for the spikes of t. One loop computes all the bits. Where membranes
-  are measured they are in memory, and nothing is computed again.
+  are measured they are in memory, and nothing is computed again. Spikes that
+  are NaN at a timestep come out NaN at all.
   """
 
   def by_bits(spikes, never):
+    num_steps, dtype = len(spikes), spikes[0].dtype
+    # One bit more says that a membrane was not finite, which stays so.
+    kind = jnp.uint16 if num_steps < 16 else jnp.uint32
+    lost = functools.reduce(jnp.logical_or, map(jnp.isnan, spikes))
     bits = functools.reduce(
       jnp.bitwise_or,
-      [(s != 0).astype(jnp.uint16) << i for i, s in enumerate(spikes)],
+      [
+        bit.astype(kind) << i
+        for i, bit in enumerate([*(s != 0 for s in spikes), lost])
+      ],
     )
     bits = in_memory(bits, never)
-    dtype = spikes[0].dtype
-    return stack([(bits >> i & 1).astype(dtype) for i in range(len(spikes))])
+    return stack(
+      [
+        jnp.where(bits >> num_steps == 0, bits >> i & 1, jnp.nan).astype(dtype)
+        for i in range(num_steps)
+      ]
+    )
 
   return lax.platform_dependent(
     spikes, never, cpu=by_bits, default=lambda spikes, never: stack(spikes)

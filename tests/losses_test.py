@@ -64,6 +64,30 @@ def test_gradients_and_dtypes(loss, dtype):
 
 
 @pytest.mark.parametrize('loss', [losses.cross_entropy, losses.tet])
+@jax.enable_x64(True)
+def test_a_mask_leaves_timesteps_out(loss):
+  """As many losses of recordings of their own length; one of them has none."""
+  lengths = [4, 1, 3, 0, 2]
+  mask = np.arange(4)[:, None] < lengths
+  logits = np.where(mask[..., None], LOGITS, np.nan)
+  masked = functools.partial(loss, labels=LABELS, label_smoothing=0.1)
+  value, pull = jax.vjp(
+    lambda a: masked(a, mask=jnp.asarray(mask)), jnp.asarray(logits)
+  )
+  expected = [
+    loss(jnp.asarray(LOGITS[:length, [i]]), LABELS[[i]], label_smoothing=0.1)[0]
+    if length
+    else 0.0
+    for i, length in enumerate(lengths)
+  ]
+  np.testing.assert_allclose(value, expected, rtol=1e-12)
+  (gradient,) = pull(jnp.ones(5))
+  assert not gradient[~mask].any() and gradient[mask].all()
+  with pytest.raises(ValueError, match=r'\(4, 5\), got mask.shape=\(5,\)'):
+    masked(logits, mask=jnp.ones(5, bool))
+
+
+@pytest.mark.parametrize('loss', [losses.cross_entropy, losses.tet])
 def test_errors(loss):
   logits = jnp.float32(LOGITS)
   with pytest.raises(ValueError, match=r'\[T, B, K\], got .*\(5, 7\)'):

@@ -322,3 +322,24 @@ def test_bad_settings():
   ):
     with pytest.raises(ValueError, match=message):
       jax.eval_shape(models.ConvNet(**settings).init, jax.random.key(0), x)
+
+
+@pytest.mark.parametrize('name, frames', [('resnet19', False), ('vgg', True)])
+def test_padding_that_a_mask_marks_is_in_no_running_value(name, frames):
+  """Behind short recordings, or in the place of examples that are missing."""
+  make, shape = NARROW[name]
+  net = make()
+  x = images((net.num_steps, *shape) if frames else shape)
+  mask = jnp.arange(4) < 3
+  if frames:
+    mask = jnp.arange(net.num_steps)[:, None] < jnp.array([3, 2, 3, 1])
+  variables = init(net, x)
+  step = jax.jit(
+    lambda x: net.apply(variables, x, True, mask, mutable=['batch_stats'])
+  )
+  real = mask.reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
+  updates = [step(jnp.where(real, x, padding))[1] for padding in (0.0, 10.0)]
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+    *updates,
+  )

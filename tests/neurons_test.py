@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from dsatgo_jax import methods, neurons, surrogate, tdbn
+from dsatgo_jax import methods, neurons, surrogate, tdbn, threshold, width
 from dsatgo_jax.methods import Method
 from dsatgo_jax.neurons import NeuronState, Parameters, Running
 from tests import reference_loop
@@ -364,6 +364,149 @@ def test_no_gradient_through_the_statistics_or_outside_the_window():
   assert not gradient.any()
 
 
+@pytest.mark.parametrize('fused', [True, False])
+@float64
+def test_subtracting_after_the_decay(fused):
+  """`u[t] = decay * u[t-1] + x[t] - theta * s[t-1]`, with its gradients."""
+  x, g_spikes = jnp.asarray(normal(2, 5, 4, 3))
+
+  def before_the_reset(x, decay, v_th):
+    u = spikes = jnp.zeros((4, 3))
+    outputs = []
+    for x_t in x:
+      u = decay * u + x_t - v_th * spikes
+      spikes = surrogate.arctan(u - v_th, 1.3)
+      outputs.append(spikes)
+    return jnp.stack(outputs)
+
+  def ours(x, decay, v_th):
+    spikes, _, _ = neurons.run(
+      x,
+      Parameters(decay, v_th, width=1.3),
+      'learnable_threshold',
+      surrogate=surrogate.arctan,
+      reset='subtract_after_decay',
+      fused=fused,
+    )
+    return spikes
+
+  for run in (before_the_reset, ours):
+    spikes, pull = jax.vjp(run, x, 0.7, 0.8)
+    results = spikes, pull(g_spikes)
+    if run is before_the_reset:
+      expected = results
+  assert 0.1 < spikes.mean() < 0.9
+  close(results, expected)
+
+
+# Numbers that are not scalars.
+
+
+@pytest.mark.parametrize('reset', ['hard', 'soft', 'subtract_after_decay'])
+@float64
+def test_a_number_per_channel(reset):
+  """Each channel is a layer of its own, its gradients too."""
+  x, g_spikes = normal(2, 5, 4, 3)
+  v, g_v = normal(2, 4, 3, seed=1)
+  run = functools.partial(
+    neurons.run,
+    method='learnable_threshold',
+    reset=reset,
+    surrogate=surrogate.sigmoid,
+  )
+  f_c = jnp.float64(1)
+  numbers = list(jnp.array([[0.3, 0.9, 0.5], [0.4, 0.9, 1.1], [0.6, 1.4, 1.0]]))
+  whole = every_way(
+    run, x, v, Parameters(*numbers[:2], f_c, numbers[2]), g_spikes, g_v
+  )
+  for c in range(3):
+    here = slice(c, c + 1)
+    decay, v_th, width = (n[c] for n in numbers)
+    (happened, gradients), _ = every_way(
+      run, *(a[..., here] for a in (x, v)),
+      Parameters(decay, v_th, f_c, width), g_spikes[..., here], g_v[..., here],
+    )  # fmt: skip
+    for all_happened, all_gradients in whole:
+      close(all_happened['spikes'][..., here], happened['spikes'])
+      close(all_happened['record'].theta[..., c], happened['record'].theta)
+      g_x, g_state, g_parameters = all_gradients
+      close((g_x[..., here], g_state[..., here]), gradients[:2])
+      for name in ('decay', 'v_th'):
+        close(getattr(g_parameters, name)[c], getattr(gradients[2], name))
+
+
+@pytest.mark.parametrize('shape', [(3,), (2, 1), (1, 2, 3), (4, 1, 1)])
+@pytest.mark.parametrize('method', ['ds_atgo', 'tgo', 'mpd_agl', OWN])
+@float64
+def test_numbers_that_broadcast(method, shape):
+  x, g_spikes = normal(2, 3, 4, 2, 3)
+  v, g_v = normal(2, 4, 2, 3, seed=1)
+  numbers = np.random.default_rng(2).uniform(0.3, 0.9, (4, *shape))
+  parameters = Parameters(*map(jnp.asarray, numbers), jnp.ones(3))
+  run = functools.partial(
+    neurons.run, method=method, record=True, surrogate=surrogate.arctan
+  )
+  fused, plain = every_way(run, x, v, parameters, g_spikes, g_v)
+  close(fused, plain)
+  assert fused[1][2].decay.shape == shape and fused[1][2].decay.all()
+  if method == 'ds_atgo':
+    u = numbers[0] * v + x[0]
+    theta = numbers[2] * (u.mean() + u.std(ddof=1))
+    close(fused[0]['record'].theta[0], jnp.asarray(theta))
+    inference = neurons.run(
+      x, parameters, running=Running(fused[0]['record'].theta),
+      state=NeuronState(v, 0),
+    )  # fmt: skip
+    close(inference[0], fused[0]['spikes'])
+
+
+# Padding.
+
+
+@pytest.mark.parametrize('method', ['ds_atgo', 'tgo'])
+@float64
+def test_masked_recordings_have_the_statistics_of_what_is_real(method):
+  """Of each timestep's real examples; fused, plain and by the loop."""
+  x, g_spikes = normal(2, 4, 5, 3)
+  v, g_v = normal(2, 5, 3, seed=1)
+  mask = np.arange(4)[:, None] < [4, 2, 3, 2, 4]
+  parameters = jax.tree.map(jnp.asarray, Parameters(0.6))
+  run = functools.partial(
+    neurons.run, method=method, mask=jnp.asarray(mask), record=True
+  )
+  fused, plain = every_way(run, x, v, parameters, g_spikes, g_v)
+  close(fused, plain)
+  happened, _ = fused
+  # The recordings one by one, each with the levels of all.
+  record = happened['record']
+  u, now = [], v
+  for t in range(4):
+    u.append(0.6 * now + x[t])
+    now = np.where(happened['spikes'][t], 0, u[-1])
+    real = u[-1][mask[t]]
+    level = real.mean() + real.std(ddof=1)
+    signal = record.theta if method == 'ds_atgo' else record.signal
+    assert float(signal[t]) == pytest.approx(level, rel=1e-12)
+    fired = np.asarray(happened['spikes'][t])[mask[t]]
+    assert float(record.firing_rate[t]) == pytest.approx(fired.mean())
+
+
+def test_a_mask_over_a_mapped_axis():
+  """Devices with different numbers of real examples pool to the whole."""
+  x = jnp.float32(normal(3, 4, 2, 5))
+  mask = jnp.array([[1, 1], [0, 1], [0, 0], [1, 0]], bool)
+  run = functools.partial(neurons.run, record=True)
+  spikes, _, record = run(x.reshape(3, 8, 5), mask=mask.reshape(8))
+  parts, _, pooled = jax.vmap(
+    lambda x, mask: run(x, mask=mask, axis_name='batch'),
+    (1, 0),
+    axis_name='batch',
+  )(x, mask)
+  close(jnp.moveaxis(parts, 0, 1).reshape(spikes.shape), spikes)
+  for i in range(4):
+    close(jax.tree.map(lambda a, i=i: a[i], pooled), record, 1e-5)
+
+
 # Second derivatives.
 
 
@@ -513,15 +656,21 @@ def test_dtypes(dtype, kept):
   assert float(record.theta[0]) == pytest.approx(theta, rel=1e-6)
 
 
-def test_initial_running():
-  at, tgo, fixed = (
-    neurons.initial_running(methods.get(name), 0.5, (3,))
-    for name in ('at', 'tgo', 'learnable_threshold')
-  )
-  half = jnp.full(3, 0.5)
-  chex.assert_trees_all_equal(at, Running(half, None))
-  chex.assert_trees_all_equal(tgo, Running(None, half))
-  assert fixed == Running(None, None)
+def test_what_is_averaged_and_where_it_starts():
+  at, tgo, both, none = (
+    neurons.averaged(methods.get(*name))
+    for name in (
+      ('at',), ('tgo',), ('ds_atgo', 'true', 'sigma'), ('learnable_threshold',)
+    )
+  )  # fmt: skip
+  assert at == {'threshold': threshold.adaptive}
+  assert tgo == {'signal': threshold.adaptive}
+  assert both == at | {'signal': width.deviation} and none == {}
+  parameters = Parameters(v_th=0.5, f_c=(1.0, 0.9))
+  average = neurons.initial_average(threshold.adaptive, parameters, (3,))
+  chex.assert_trees_all_equal(average, jnp.full((3, 2), 0.5))
+  average = neurons.initial_average(width.deviation, parameters, ())
+  chex.assert_trees_all_equal(average, jnp.float32(0.5))
 
 
 def test_no_retracing_for_other_numbers():
@@ -547,8 +696,22 @@ def test_no_retracing_for_other_numbers():
     ({'x': jnp.ones(3)}, r'x \[T, B, ...\], got float32\[3\]'),
     ({'x': jnp.ones((0, 3))}, r'x \[T, B, ...\], got float32\[0, 3\]'),
     ({'x': jnp.ones((2, 3, 4), int)}, r'floating-point.*int32\[2, 3, 4\]'),
-    ({'reset': 'none'}, "'hard' or 'soft', got reset='none'"),
+    ({'reset': 'none'}, "'hard', 'soft', .* got reset='none'"),
     ({'method': 'dsatgo'}, "method='dsatgo'"),
+    ({'parameters': Parameters(decay=np.ones(3))}, r'decay .*x\[0\].*\(3,\)'),
+    ({'parameters': Parameters(v_th=jnp.array([1.0, 0, 1, 1]))}, 'v_th > 0'),
+    (
+      {
+        'parameters': Parameters(tdbn_scale=jnp.array([1.0, -2])),
+        'method': 'mpd_agl',
+      },
+      'mean of tdbn_scale > 0, got .*-0.5',
+    ),
+    (
+      {'parameters': Parameters(0.0), 'reset': 'subtract_after_decay'},
+      'decay > 0, got decay=0.0',
+    ),
+    ({'mask': np.ones(4)}, r'\[T, B\] or \[B\].*\(2, 3, 4\).*\(4,\)'),
     ({'parameters': Parameters(v_th=0)}, 'v_th > 0, got v_th=0'),
     ({'parameters': Parameters(f_c=-0.5)}, 'f_c > 0, got f_c=-0.5'),
     ({'parameters': Parameters(width=0.0)}, 'width > 0, got width=0.0'),

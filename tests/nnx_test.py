@@ -27,7 +27,7 @@ def pure(module, kind):
 
 
 def test_the_same_names_as_linen():
-  from_elsewhere = {'nnx', 'nn', 'learnable', 'threshold'}
+  from_elsewhere = {'nnx', 'nn', 'learnable', 'threshold', 'inspect'}
   names = [
     {n for n in vars(module) if not n.startswith('_')} - from_elsewhere
     for module in (snn, linen)
@@ -222,6 +222,64 @@ def test_chunks_with_the_state_passed_on_equal_the_whole():
     close(pure(neuron, nnx.BatchStat), pure(whole, nnx.BatchStat))
 
 
+def test_an_rnn_over_more_steps_than_the_cell_has():
+  for training in (True, False):
+    cell = snn.SpikingCell(num_steps=5, use_running_average=not training)
+    rnn = nnx.RNN(cell, time_major=True)
+    assert rnn(normal(5, 2, 3)).shape == rnn(normal(5, 2, 3)).shape == (5, 2, 3)
+    with pytest.raises(ValueError, match='most T = 5.*an nnx.RNN over 8'):
+      rnn(normal(8, 2, 3))
+    with pytest.raises(ValueError, match='most T = 5.*an nnx.RNN over 6'):
+      nnx.jit(lambda rnn, x: rnn(x))(nnx.RNN(cell), normal(2, 6, 3))
+
+
+def test_past_the_end_with_a_traced_time():
+  neuron = snn.SpikingNeuron('at', num_steps=10, learn_decay=False, decay=0.0)
+  neuron.running_threshold[...] = jnp.arange(10.0) * 10
+  x = jnp.full((4, 1, 2), 75.0)
+  state = neurons.at_rest(x[0])._replace(t=jnp.int32(8))
+  spikes = nnx.jit(lambda m, x, s: m(x, True, state=s))(neuron, x, state)
+  assert spikes[:2].sum() == 0 and np.isnan(spikes[2:]).all()
+  nnx.jit(lambda m, x, s: m(x, state=s))(neuron, x, state)
+  expected = [*range(0, 80, 10), 0.9 * 80 + 7.5, 0.9 * 90 + 7.5]
+  close(neuron.running_threshold[...], jnp.array(expected))
+
+
+def test_num_steps_may_be_left_out_where_nothing_is_kept():
+  assert snn.SpikingNeuron('vanilla')(normal(7, 4, 5)).shape == (7, 4, 5)
+  with pytest.raises(
+    ValueError, match='expected num_steps=T, got num_steps=None'
+  ):
+    snn.SpikingNeuron('at')
+
+
+@pytest.mark.parametrize('decay', [(0.2, 0.7), np.array([0.2, 0.7])])
+def test_numbers_per_channel(decay):
+  x = normal(3, 4, 2)
+  neuron = snn.SpikingNeuron(num_steps=3, decay=decay, f_c=np.array([1, 0.5]))
+  fixed = snn.SpikingNeuron(
+    num_steps=3, decay=decay, f_c=(1, 0.5), learn_decay=False
+  )
+  parameters = neurons.Parameters(decay, f_c=jnp.array([1, 0.5]))
+  expected, _, record = neurons.run(x, parameters)
+  for module in (neuron, fixed):
+    close(nnx.jit(lambda m, x: m(x))(module, x), expected)
+    close(module.running_threshold[...], 0.9 + 0.1 * record.theta)
+
+
+def test_a_mask():
+  x = normal(4, 6, 3)
+  mask = jnp.arange(4)[:, None] < jnp.array([4, 4, 2, 3, 4, 2])
+  results = []
+  for padding in (0.0, 1e3):
+    norm, neuron = snn.TdBatchNorm(3), snn.SpikingNeuron(num_steps=4)
+    padded = jnp.where(mask[..., None], x, padding)
+    spikes = neuron(norm(padded, mask=mask), mask=mask)
+    kept = [pure(module, nnx.BatchStat) for module in (norm, neuron)]
+    results.append((spikes[mask], kept))
+  close(*results)
+
+
 def test_capture_tells_what_happened_inside():
   x = normal(3, 4, 5)
   neuron = snn.SpikingNeuron(num_steps=3)
@@ -273,7 +331,7 @@ def test_settings_out_of_range_when_built(settings, message):
     ({}, (3,), r'x \[T, B, ...\], got float32\[3\]'),
     ({}, (3, 1, 1), r'at least two neurons.*u.shape=\(1, 1\)'),
     ({'method': 'mpd_agl'}, (3, 2, 2), 'tdbn_scale=None'),
-    ({'reset': 'zero'}, (3, 2, 2), "'hard' or 'soft', got reset='zero'"),
+    ({'reset': 'zero'}, (3, 2, 2), "'hard', 'soft', .* got reset='zero'"),
   ],
 )
 def test_errors_when_called(settings, shape, message):

@@ -197,15 +197,114 @@ def test_mean_3000_deviation_1_fires_as_theorem_1_says():
   assert spikes.mean() == pytest.approx(0.1587, abs=0.003)
 
 
+# What is not finite.
+
+
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('num_steps', [3, 6, 16])
 @pytest.mark.parametrize('bad', [np.inf, -np.inf, np.nan])
-def test_an_undefined_input_silences_the_layer(bad):
-  """Theta is undefined from there on; other neurons keep finite gradients."""
-  x = noise(3, 10, 10)
-  x[1, 2, 3] = bad
-  spikes, pull, record = jax.vjp(
-    lambda x: neurons.run(x)[::2], jnp.asarray(x), has_aux=True
+def test_an_undefined_input_shows(bad, num_steps, fused):
+  """In training the layer's spikes are NaN, in inference the neuron's."""
+  x = noise(num_steps, 10, 10)
+  x[-2, 2, 3] = bad
+  run = jax.jit(functools.partial(neurons.run, fused=fused))
+  spikes, _, record = run(x)
+  np.testing.assert_array_equal(
+    np.isnan(record.theta), np.arange(num_steps) >= num_steps - 2
   )
-  assert spikes[0].any() and not spikes[1:].any()
-  np.testing.assert_array_equal(np.isnan(record.theta), [False, True, True])
-  (gradient,) = pull(jnp.ones_like(spikes))
-  assert np.isfinite(gradient.at[:, 2, 3].set(0)).all()
+  assert np.isnan(spikes[-2:]).all()
+  assert set(np.unique(spikes[:-2])) == {0, 1}
+  spikes, _, _ = run(x, running=neurons.Running(jnp.ones(num_steps)))
+  assert np.isnan(spikes[-2:, 2, 3]).all()
+  assert np.isnan(spikes).sum() in (2, num_steps)
+
+
+@pytest.mark.parametrize('bad', [np.inf, np.nan])
+def test_a_running_average_takes_no_undefined_value(bad):
+  average = statistics.running_average(
+    jnp.array([1.0, 2.0]), jnp.array([bad, -2.0]), 0.5
+  )
+  np.testing.assert_array_equal(average, [1, 0])
+
+
+# Deviations whose squares are out of float32's range.
+
+sizes = pytest.mark.parametrize('size', [1e-34, 1e-30, 1e-19, 1e18, 1e21])
+
+
+@sizes
+@pytest.mark.parametrize('shape', [(20, 30), (4, 8, 8, 16)])
+def test_very_small_and_very_large_deviations(size, shape):
+  u = np.float32(size) * (noise(*shape) + 0.5)
+  np.testing.assert_allclose(measure(u), expected(u), rtol=1e-5)
+
+
+@sizes
+@pytest.mark.parametrize(
+  'over_devices', OVER_DEVICES.values(), ids=OVER_DEVICES
+)
+def test_very_small_and_very_large_deviations_over_devices(size, over_devices):
+  pooled = over_devices(
+    functools.partial(statistics.measure, axis_name='batch')
+  )
+  u = np.float32(size) * (
+    noise(4, 5, 6) + np.float32([-3, 0, 1, 2])[:, None, None]
+  )
+  np.testing.assert_allclose(pooled(u).std, expected(u)[1], rtol=1e-5)
+
+
+def test_the_rate_does_not_depend_on_the_membranes_size():
+  """Also in the silence behind a recording, of membranes that fade away."""
+  x = noise(4, 8, 320)
+  rates = [
+    neurons.run(jnp.asarray(x * np.float32(size)), record=True)[2].firing_rate
+    for size in (1, 1e-10, 1e-25, 1e15)
+  ]
+  for rate in rates:
+    np.testing.assert_allclose(rate, rates[0], atol=2e-3)
+  silence = np.concatenate([x, np.zeros((35, 8, 320), np.float32)])
+  *_, single = neurons.run(jnp.asarray(silence), record=True)
+  with jax.enable_x64(True):
+    *_, double = neurons.run(jnp.asarray(silence, np.float64), record=True)
+  faint = np.asarray(double.statistics.std) < 1e-10
+  assert faint.sum() > 20
+  np.testing.assert_array_equal(
+    single.firing_rate[faint], double.firing_rate[faint]
+  )
+
+
+# What is not real.
+
+
+@pytest.mark.parametrize('padding', [0.0, np.nan, 1e6])
+def test_a_mask_leaves_examples_out(padding):
+  u = 3 * noise(6, 5, 7) - 1
+  mask = np.array([False, True, True, False, True, False])
+  padded = np.where(mask[:, None, None], u, np.float32(padding))
+  measured = jax.jit(statistics.measure)(padded, mask=jnp.asarray(mask))
+  np.testing.assert_allclose(measured, expected(u[mask]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'over_devices', OVER_DEVICES.values(), ids=OVER_DEVICES
+)
+def test_a_mask_over_devices(over_devices):
+  """Each with its own number of real examples, one of them with none."""
+  u = noise(4, 3, 5) + np.float32([-5, 0, 3, 7])[:, None, None]
+  mask = np.array([[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 1]], bool)
+  pooled = over_devices(lambda u, mask: statistics.measure(u, 'batch', mask))
+
+  def call(u, mask):
+    return jax.tree.map(lambda a: np.ravel(a)[0], pooled(u, mask))
+
+  if over_devices is OVER_DEVICES['shard_map']:
+    u, mask = u.reshape(12, 5), mask.reshape(12)
+  for a, b in zip(call(u, mask), expected(u[mask]), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize('num_real, std', [(0, 0), (1, 0)])
+def test_nothing_real_has_finite_statistics(num_real, std):
+  u = noise(3, 1)
+  mean, found = statistics.measure(u, mask=jnp.arange(3) < num_real)
+  assert np.isfinite(mean) and found == std

@@ -145,7 +145,6 @@ def test_straight_through_has_jvp_and_the_same_derivatives(name):
 
   ends = jnp.append(x, jnp.array([-jnp.inf, jnp.inf]))
   chex.assert_trees_all_equal(twin(ends, 0.9), spike(ends, 0.9))
-  assert twin.gradient is spike.gradient
   _, tangents = jax.jvp(lambda x: twin(x, 0.9), (x,), (x,))
   chex.assert_trees_all_close(tangents, slopes[name](x, 0.9) * x, rtol=1e-12)
 

@@ -48,6 +48,7 @@ class Network(nn.Module):
   momentum: float = 0.9
   alpha: float = 1.0
   axis_name: Any = None
+  fused: bool | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -82,6 +83,7 @@ class Network(nn.Module):
         reset=self.reset,
         detach_reset=self.detach_reset,
         momentum=self.momentum,
+        fused=self.fused,
         **shared,
       ),
     )
@@ -114,13 +116,14 @@ class Spiking(nn.Module):
   num_steps: int | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, mask=None):
     """[T, B, ...], or [B, ...] with `num_steps`, to spikes [T, B, ...]."""
     x = self.layer(name='layer')(x)
     norm = self.parts.norm(repeats=self.num_steps or 1, name='norm')
-    affine = norm.affine(x)
+    affine = norm.affine(x, mask=mask)
     if self.num_steps:
       x = snn.repeat_in_time(x, self.num_steps)
-    return self.parts.neuron(name='neuron')(
-      x, norm=affine, tdbn_scale=norm.variables['params']['scale']
-    )
+    neuron = self.parts.neuron(name='neuron')
+    if mask is not None:  # What stands in a neuron's place need not know it.
+      neuron = partial(neuron, mask=mask)
+    return neuron(x, norm=affine, tdbn_scale=norm.variables['params']['scale'])

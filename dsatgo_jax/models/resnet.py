@@ -29,17 +29,17 @@ class Block(nn.Module):
   parts: Parts
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, mask=None):
     """[T, B, H, W, C] to [T, B, H / stride, W / stride, planes]."""
     conv = partial(self.parts.conv, self.planes)
     stride = (self.stride, self.stride)
     first = partial(conv, (3, 3), strides=stride, padding=1)
-    y = Spiking(first, self.parts, name='spiking1')(x)
+    y = Spiking(first, self.parts, name='spiking1')(x, mask)
     second = partial(conv, (3, 3), padding=1)
-    y = Spiking(second, self.parts, name='spiking2')(y)
+    y = Spiking(second, self.parts, name='spiking2')(y, mask)
     if self.stride != 1 or x.shape[-1] != self.planes:
       shortcut = partial(conv, (1, 1), strides=stride)
-      x = Spiking(shortcut, self.parts, name='downsample')(x)
+      x = Spiking(shortcut, self.parts, name='downsample')(x, mask)
     return x + y
 
 
@@ -57,23 +57,25 @@ class ResNet19(Network):
   head_width: int = 256
 
   @nn.compact
-  def __call__(self, x, train: bool = False):
+  def __call__(self, x, train: bool = False, mask=None):
     """Logits over time.
 
     Args:
       x: images [B, H, W, C], or frames [T, B, H, W, C].
       train: whether statistics are those of the batch, or the running ones.
+      mask: [T, B] of frames, or [B], whether an example is real; statistics
+        are those of what is. None for all of it.
 
     Returns:
       Logits [T, B, K].
     """
     parts = self.parts(train)
     stem = partial(parts.conv, self.planes[0], (3, 3), padding=1)
-    x = Spiking(stem, parts, self.static_steps(x), name='encode')(x)
-    x = _stages(x, self.planes, self.stage_sizes, parts)
+    x = Spiking(stem, parts, self.static_steps(x), name='encode')(x, mask)
+    x = _stages(x, mask, self.planes, self.stage_sizes, parts)
     x = jnp.mean(x, axis=(-3, -2))
     head = partial(parts.dense, self.head_width, use_bias=False)
-    x = Spiking(head, parts, name='head')(x)
+    x = Spiking(head, parts, name='head')(x, mask)
     return parts.dense(self.num_classes, use_bias=False, name='classifier')(x)
 
 
@@ -91,15 +93,15 @@ class SEWResNet18(Network):
   stage_sizes: Sequence[int] = (2, 2, 2, 2)
 
   @nn.compact
-  def __call__(self, x, train: bool = False):
+  def __call__(self, x, train: bool = False, mask=None):
     """Logits over time; arguments as `ResNet19`'s."""
     parts = self.parts(train)
     stem = partial(
       parts.conv, self.planes[0], (7, 7), strides=(2, 2), padding=3
     )
-    x = Spiking(stem, parts, self.static_steps(x), name='encode')(x)
+    x = Spiking(stem, parts, self.static_steps(x), name='encode')(x, mask)
     x = snn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    x = _stages(x, self.planes, self.stage_sizes, parts)
+    x = _stages(x, mask, self.planes, self.stage_sizes, parts)
     x = jnp.mean(x, axis=(-3, -2))
     bias = initializers.dense_bias(x.shape[-1])
     return parts.dense(self.num_classes, bias_init=bias, name='classifier')(x)
@@ -111,12 +113,12 @@ class SEWResNet34(SEWResNet18):
   stage_sizes: Sequence[int] = (3, 4, 6, 3)
 
 
-def _stages(x, planes, stage_sizes, parts):
+def _stages(x, mask, planes, stage_sizes, parts):
   """Stages of blocks; each but the first halves the resolution."""
   index = 0
   for stage, (width, size) in enumerate(zip(planes, stage_sizes, strict=True)):
     for block in range(size):
       stride = 2 if stage and not block else 1
-      x = Block(width, stride, parts, name=f'block{index}')(x)
+      x = Block(width, stride, parts, name=f'block{index}')(x, mask)
       index += 1
   return x

@@ -24,12 +24,14 @@ class VGGSNN(Network):
   )  # fmt: skip
 
   @nn.compact
-  def __call__(self, x, train: bool = False):
+  def __call__(self, x, train: bool = False, mask=None):
     """Logits over time.
 
     Args:
       x: images [B, H, W, C], or frames [T, B, H, W, C].
       train: whether statistics are those of the batch, or the running ones.
+      mask: [T, B] of frames, or [B], whether an example is real; statistics
+        are those of what is. None for all of it.
 
     Returns:
       Logits [T, B, K].
@@ -46,7 +48,7 @@ class VGGSNN(Network):
     for stage in self.stages:
       for planes in stage:
         conv = partial(parts.conv, planes, (3, 3), padding=1)
-        x = Spiking(conv, parts, num_steps, name=f'conv{index}')(x)
+        x = Spiking(conv, parts, num_steps, name=f'conv{index}')(x, mask)
         num_steps = None
         index += 1
       x = snn.avg_pool(x, (2, 2), strides=(2, 2))
