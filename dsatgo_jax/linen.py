@@ -6,13 +6,20 @@
         x = snn.repeat_in_time(x, num_steps=4)       # [T, B, H, W, C]
         x = snn.Conv(64, (3, 3), use_bias=False)(x)
         x = snn.TdBatchNorm(use_running_average=not train)(x)
-        x = snn.SpikingNeuron(use_running_average=not train)(x)
+        x = snn.SpikingNeuron(num_steps=4, use_running_average=not train)(x)
         ...
 
 Running thresholds live in the `batch_stats` collection, so a training loop
 written for batch norm trains the neuron unchanged. What happened inside is
 sown into the collection `spiking` where that is mutable: `firing_rate`,
 `theta`, `width`, `mean`, `std` and `gradient_share`, [T] each.
+
+A membrane that is infinite or NaN shows: its spikes are NaN, in training those
+of the whole layer, whose statistics it is in. Running values, tdBN's too, take
+nothing that is not finite, so that a step whose update is dropped (as by
+`optax.apply_if_finite`) leaves nothing behind. Under all-zero input theta is
+zero with a measured threshold, and equality fires: every neuron in training;
+fixed, learnable, estimated and running thresholds leave it silent.
 """
 
 import functools

@@ -15,6 +15,11 @@ The names and settings are those of `dsatgo_jax.linen`. Running thresholds are
 and the batch's own. What happened inside is sown as `nnx.Intermediate` under
 `nnx.capture`: `firing_rate`, `theta`, `width`, `mean`, `std` and
 `gradient_share`, [T] each.
+
+A membrane that is infinite or NaN shows: its spikes are NaN, in training those
+of the whole layer. Running values take nothing that is not finite. Under
+all-zero input a measured threshold is zero and every neuron fires in training;
+all other thresholds leave it silent.
 """
 
 import functools
