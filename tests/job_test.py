@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
+from tests import tiny
 from train import checkpoints, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,17 +31,8 @@ TINY = (
 
 @pytest.fixture(scope='module')
 def npz(tmp_path_factory):
-  """Images of three classes that can be told apart, in a file."""
-  rng = np.random.default_rng(0)
-  arrays = {}
-  for split, count in ('train', 128), ('test', 21):
-    labels = np.arange(count) % 3
-    images = rng.integers(0, 120, (count, 8, 8))
-    images[np.arange(count), labels * 3] += 120
-    arrays |= {f'x_{split}': images.astype(np.uint8), f'y_{split}': labels}
   path = tmp_path_factory.mktemp('data') / 'data.npz'
-  np.savez(path, **arrays)
-  return f'--config.data_path={path}'
+  return f'--config.data_path={tiny.save(path, train=128, test=21)}'
 
 
 def start(command, *args, **environment):

@@ -28,7 +28,8 @@ from ml_collections import ConfigDict
 
 from dsatgo_jax import convert
 from dsatgo_jax.models import ResNet19
-from train import checkpoints, command, data, loop
+from train import checkpoints, command, data
+from train import step as step_lib
 
 FROM_TORCH = flags.DEFINE_string(
   'from_torch', None, 'The state dict that becomes a checkpoint in --workdir.'
@@ -65,12 +66,14 @@ def from_torch(path, config, workdir):
     for name, value in found.items()
     if value != getattr(ResNet19, name)
   }
-  facts = loop.describe(data.load(config))
+  facts = data.describe(data.load(config))
   # The state is the same for any number of steps.
-  state, _ = loop.create_train_step(config, facts, steps_per_epoch=1)
+  state, _ = step_lib.create_train_step(config, facts, steps_per_epoch=1)
   # In float64 where theirs is, so that the way back is exact.
   dtype = np.promote_types(np.float32, state_dict['fc.2.layer.weight'].dtype)
-  template = jax.tree.map(lambda a: np.asarray(a, dtype), loop.variables(state))
+  template = jax.tree.map(
+    lambda a: np.asarray(a, dtype), step_lib.variables(state)
+  )
   state = state.replace(**convert.from_torch(state_dict, template))
   with checkpoints.manager(workdir, 'latest') as manager:
     info = {'step': 0, 'config': config.to_dict(), 'data': facts}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,6 +61,16 @@ def load(config):
   train, validation = split(train, config.validation_fraction, config.seed)
   mean, std = statistics(train, config)
   return Dataset(train, validation, test, shape, num_classes, mean, std)
+
+
+def describe(dataset):
+  """What inference needs to know of the data; kept in the checkpoint."""
+  return {
+    'num_classes': int(dataset.num_classes),
+    'example_shape': [int(size) for size in dataset.example_shape],
+    'mean': dataset.mean.tolist(),
+    'std': dataset.std.tolist(),
+  }
 
 
 def example_shape(train, test, config):
@@ -171,6 +182,11 @@ def steps_per_epoch(dataset, config):
       f'{len(dataset.train)} training examples'
     )
   return len(dataset.train) // config.batch_size
+
+
+def this_host():
+  """Which part of every batch this process reads."""
+  return {'host': jax.process_index(), 'num_hosts': jax.process_count()}
 
 
 def train_batches(source, config, *, start_step=0, host=0, num_hosts=1):

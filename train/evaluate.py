@@ -10,7 +10,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from train import checkpoints, command, data, loop
+from train import checkpoints, command, data
+from train import step as step_lib
 
 CHECKPOINT = flags.DEFINE_enum(
   'checkpoint', 'latest', ['latest', 'best'], 'Which state of the run.'
@@ -41,7 +42,7 @@ def evaluate(workdir, checkpoint='latest', split='test', data_path=None):
     config.data_path = data_path
   dataset = data.load(config)
   for name in ('example_shape', 'num_classes'):
-    expected, got = facts[name], loop.describe(dataset)[name]
+    expected, got = facts[name], data.describe(dataset)[name]
     if got != expected:
       raise ValueError(f'expected data with {name} {expected}, got {got}')
   if getattr(dataset, split) is None:
@@ -53,8 +54,8 @@ def evaluate(workdir, checkpoint='latest', split='test', data_path=None):
     'step': info['step'],
     'split': split,
     'selected_on': info['best'] and config.select_on,
-    **loop.evaluate(
-      loop.compiled(loop.create_eval_step(config, facts)),
+    **step_lib.evaluate(
+      step_lib.compiled(step_lib.create_eval_step(config, facts)),
       {name: state[name] for name in ('params', 'batch_stats')},
       getattr(dataset, split),
       config,
