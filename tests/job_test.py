@@ -14,7 +14,7 @@ import time
 import pytest
 
 from tests import tiny
-from train import checkpoints, metrics
+from train import checkpoints, lock, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (
@@ -144,6 +144,31 @@ def test_the_same_command_again_says_that_the_run_is_finished(finished, npz):
   assert (workdir / 'metrics.jsonl').read_text() == before
 
 
+def test_a_run_in_use_is_read_and_not_touched(finished, npz):
+  workdir, *_ = finished
+  half_written = (
+    checkpoints.directory(workdir, 'latest') / '99.orbax-checkpoint-tmp'
+  )
+  half_written.mkdir()
+
+  def files():
+    return {
+      path: path.stat().st_mtime_ns
+      for path in workdir.rglob('*')
+      if not path.is_relative_to(workdir / 'compiled')
+    }
+
+  with lock.hold(workdir):
+    before = files()
+    line = fail('main', *TINY, npz, f'--workdir={workdir}')
+    assert line.startswith(f'error: {workdir} is in use by process')
+    assert 'accuracy' in run('evaluate', f'--workdir={workdir}')[0]
+    assert files() == before
+    assert 'report.html' in run('report', f'--workdir={workdir}')[0]
+    assert files().keys() == before.keys()
+  half_written.rmdir()
+
+
 def test_another_config_is_one_line(finished, npz):
   workdir, *_ = finished
   line = fail(
@@ -173,7 +198,7 @@ def test_what_is_wrong_is_one_line(npz, tmp_path, argument, message):
   assert process.returncode == 1
   assert out == '' and 'Traceback' not in err
   assert [line for line in err.splitlines() if re.search(message, line)]
-  assert list(tmp_path.iterdir()) == []
+  assert [path.name for path in tmp_path.iterdir()] in ([], ['lock'])
 
 
 def test_commands_without_a_run_are_one_line(tmp_path):
@@ -182,6 +207,15 @@ def test_commands_without_a_run_are_one_line(tmp_path):
   message = 'error: expected a run with a latest checkpoint in '
   assert fail('evaluate', f'--workdir={tmp_path}').startswith(message)
   assert fail('report', f'--workdir={tmp_path}').startswith('error: expected a')
+
+
+def test_a_file_in_the_place_of_the_workdir_is_one_line(npz, tmp_path):
+  workdir = f'--workdir={tmp_path / "file"}'
+  (tmp_path / 'file').touch()
+  line = fail('main', *TINY, npz, workdir)
+  assert line.startswith('error: expected a workdir that can be written, got')
+  for command in 'evaluate', 'report':
+    assert fail(command, workdir).startswith('error: expected a run with ')
 
 
 @pytest.mark.parametrize('command', ['main', 'seeds', 'evaluate', 'report'])

@@ -10,7 +10,7 @@ import pytest
 from absl import logging
 
 from tests import tiny
-from train import checkpoints, data, loop, metrics
+from train import checkpoints, data, lock, loop, metrics
 from train import step as step_lib
 
 
@@ -95,6 +95,18 @@ def test_a_run_leaves_what_it_promises(npz, tmp_path):
   assert (
     checkpoints.restore(tmp_path / 'run', 'best')[1]['step'] == (best['step'])
   )
+
+
+def test_a_workdir_in_use_or_unwritable_ends_before_the_data(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(data, 'load', None)
+  with lock.hold(tmp_path / 'run'):
+    with pytest.raises(ValueError, match='run is in use by process'):
+      loop.train(tiny.config(), tmp_path / 'run')
+  (tmp_path / 'file').touch()
+  with pytest.raises(ValueError, match='can be written, got .*file: '):
+    loop.train(tiny.config(), tmp_path / 'file')
 
 
 def test_a_finished_run_says_so_and_stops(npz, tmp_path, capsys, monkeypatch):

@@ -47,7 +47,7 @@ def run(main, *required):
   def guarded(_):
     try:
       main()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
       logging.debug('', exc_info=True)
       end(error)
 

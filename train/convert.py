@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from dsatgo_jax import convert
 from dsatgo_jax.models import ResNet19
-from train import checkpoints, command, data
+from train import checkpoints, command, data, lock
 from train import step as step_lib
 
 FROM_TORCH = flags.DEFINE_string(
@@ -75,7 +75,7 @@ def from_torch(path, config, workdir):
     lambda a: np.asarray(a, dtype), step_lib.variables(state)
   )
   state = state.replace(**convert.from_torch(state_dict, template))
-  with checkpoints.manager(workdir, 'latest') as manager:
+  with lock.hold(workdir), checkpoints.manager(workdir, 'latest') as manager:
     info = {'step': 0, 'config': config.to_dict(), 'data': facts}
     checkpoints.save(manager, state, info | {'best': None, 'totals': {}})
 

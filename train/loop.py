@@ -17,7 +17,7 @@ from absl import logging
 from flax import serialization
 from jax.experimental import multihost_utils
 
-from train import checkpoints, data, metrics, profile, settings
+from train import checkpoints, data, lock, metrics, profile, settings
 from train import step as step_lib
 
 
@@ -90,15 +90,21 @@ def train(config, workdir, seconds=None):
     What `result.json` has; None on all processes but the first.
 
   Raises:
-    ValueError: config, data and what is in the workdir do not fit.
+    ValueError: config, data and what is in the workdir do not fit; or the
+      workdir cannot be written, or is in use.
     FloatingPointError: the loss or a gradient is not finite.
     SystemExit: after a signal, with the state saved.
   """
   settings.check(config)
   seconds = collections.Counter() if seconds is None else seconds
-  timed = functools.partial(metrics.timed, seconds)
-  workdir = pathlib.Path(workdir)
   main = jax.process_index() == 0  # It alone touches the workdir.
+  with lock.hold(workdir) if main else contextlib.nullcontext():
+    return run(config, pathlib.Path(workdir), seconds, main)
+
+
+def run(config, workdir, seconds, main):
+  """What `train` does once the workdir is this process's own."""
+  timed = functools.partial(metrics.timed, seconds)
 
   # What is there already.
   found = checkpoints.restore(workdir, repair=True) if main else None
