@@ -1,7 +1,9 @@
 """The training loop's parts, and whole runs inside this process."""
 
 import collections
+import concurrent.futures
 import contextlib
+import signal
 
 import chex
 import jax.numpy as jnp
@@ -148,6 +150,20 @@ def test_a_run_stopped_within_an_epoch_resumes_exactly(
     for line in lines:
       line.pop('images_per_second', None)
     assert lines[0] == lines[1]
+
+
+def test_a_thread_trains_as_the_main_one_does(npz, tmp_path):
+  config = tiny.config(data_path=npz, num_epochs=1)
+  handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    got = pool.submit(loop.train, config, tmp_path / 'thread').result()
+  expected = loop.train(config, tmp_path / 'main')
+  for result in expected, got:
+    result.pop('seconds')
+  assert got == expected
+  assert handlers == [
+    signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)
+  ]
 
 
 def test_selecting_on_the_test_split_is_labelled(npz, tmp_path):

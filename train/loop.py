@@ -11,6 +11,7 @@ import itertools
 import math
 import pathlib
 import signal
+import threading
 
 import jax
 from absl import logging
@@ -45,10 +46,14 @@ def run_epoch(run_step, state, batches, steps, read, must_stop):
 def stop_signal():
   """Yields `must_stop(step)`: whether SIGTERM or Ctrl-C came (once).
 
-  Of several processes all hear it at the same step.
+  Of several processes all hear it at the same step. A thread other than the
+  main one hears none.
   """
   if jax.process_count() > 1:
     yield multihost_utils.reached_preemption_sync_point
+    return
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda step: False  # Python lets the main thread alone listen.
     return
   received = []
   handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
