@@ -1,6 +1,7 @@
 """The data pipeline: splits, statistics, batches; resumed and shared out."""
 
 import itertools
+import multiprocessing
 
 import jax
 import ml_collections
@@ -40,6 +41,11 @@ def make_source(count=10, size=3):
   images = np.zeros((count, size, size, 1), np.uint8)
   images[:, 0, 0, 0] = index + 1
   return sources.Arrays(images, index)
+
+
+def on_disk(source):
+  """The same examples as TFDS reads what is too large for the memory."""
+  return sources.Records(list(source), np.arange(len(source)))
 
 
 def take(batches, count):
@@ -264,18 +270,43 @@ def test_augmentation_does_not_depend_on_the_batch_size():
 
 
 def test_workers_change_nothing():
-  flags.FLAGS.mark_as_parsed()  # As absl's app.run does in a real job.
-  source = make_source()
+  flags.FLAGS.unparse_flags()  # As in a notebook or a script.
+  source = on_disk(make_source())
 
   def both(num_workers):
     config = make_config(
       num_workers=num_workers, augment=('roll:1', 'cutout:1')
     )
     training = take(data.train_batches(source, config, start_step=1), 5)
-    return training, list(data.eval_batches(source, config, batch_size=4))
+    (tested,) = data.eval_batches([source], config, batch_size=4)
+    return training, list(tested)
 
   for ours, theirs in zip(both(0), both(2), strict=True):
     assert_same(ours, theirs)
+
+
+def test_evaluations_share_their_workers():
+  small, large = on_disk(make_source(5)), on_disk(make_source(9))
+  evaluations = data.eval_batches(
+    [small, small, large], make_config(num_workers=2), batch_size=4
+  )
+  others, processes = multiprocessing.active_children(), []
+  for count in 5, 5, 9:
+    batches = list(next(evaluations))
+    assert len(batches) == -(-count // 4)
+    seen = np.concatenate([batch['label'][batch['mask']] for batch in batches])
+    np.testing.assert_array_equal(seen, np.arange(count))
+    processes.append(set(multiprocessing.active_children()).difference(others))
+  assert len(processes[0]) == 2 and processes == processes[:1] * 3
+
+
+def test_evaluations_from_memory_have_no_workers():
+  others = multiprocessing.active_children()
+  (batches,) = data.eval_batches(
+    [make_source()], make_config(num_workers=2), batch_size=4
+  )
+  assert len(list(batches)) == 3
+  assert multiprocessing.active_children() == others
 
 
 @settings(deadline=None)
@@ -283,15 +314,17 @@ def test_workers_change_nothing():
 def test_evaluation_covers_every_example_once(count, per_host, num_hosts):
   source = make_source(count)
   hosts = [
-    list(
-      data.eval_batches(
-        source,
+    [
+      batch
+      for batches in data.eval_batches(
+        [source],
         make_config(),
         batch_size=per_host * num_hosts,
         host=host,
         num_hosts=num_hosts,
       )
-    )
+      for batch in batches
+    ]
     for host in range(num_hosts)
   ]
   assert len({len(batches) for batches in hosts}) == 1
@@ -307,7 +340,8 @@ def test_evaluation_covers_every_example_once(count, per_host, num_hosts):
 
 
 def test_evaluation_keeps_the_order():
-  batches = list(data.eval_batches(make_source(6), make_config(), batch_size=4))
+  (batches,) = data.eval_batches([make_source(6)], make_config(), batch_size=4)
+  batches = list(batches)
   np.testing.assert_array_equal(batches[0]['label'], [0, 1, 2, 3])
   np.testing.assert_array_equal(batches[1]['label'][:2], [4, 5])
   np.testing.assert_array_equal(batches[1]['mask'], [True, True, False, False])
@@ -318,4 +352,4 @@ def test_batches_must_divide_among_hosts():
   with pytest.raises(ValueError, match='multiple of 3 hosts, got 4'):
     data.train_batches(source, make_config(), num_hosts=3)
   with pytest.raises(ValueError, match='multiple of 1 hosts, got 0'):
-    data.eval_batches(source, make_config(), batch_size=0)
+    data.eval_batches([source], make_config(), batch_size=0)

@@ -277,9 +277,8 @@ def test_imagenet_stays_on_disk(tmp_path):
   assert sorted(labels[0] + labels[1]) == list(range(8))
   assert sorted(labels[2]) == [8, 9, 10, 11]
   batches = data.train_batches(dataset.train, config)
-  for batch in [next(batches) for _ in range(4)] + list(
-    data.eval_batches(dataset.test, config, batch_size=3)
-  ):
+  (tested,) = data.eval_batches([dataset.test], config, batch_size=3)
+  for batch in [next(batches) for _ in range(4)] + list(tested):
     assert batch['image'].dtype == np.uint8
     assert batch['label'].dtype == np.int32
     np.testing.assert_allclose(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from train import data
 from train import step as step_lib
 
 FACTS = {
@@ -223,9 +224,8 @@ def test_evaluation_is_the_mean_over_the_examples(frames):
     for _ in range(8):  # Until the running statistics let neurons fire.
       state, _ = run_step(state, on_devices(batch))
     run_eval = step_lib.create_eval_step(config, facts)
-    found = step_lib.evaluate(
-      run_eval, step_lib.variables(state), source, config
-    )
+    (batches,) = data.eval_batches([source], config, batch_size=8)
+    found = step_lib.evaluate(run_eval, step_lib.variables(state), batches)
 
     images = step_lib.prepare(jnp.asarray(batch['image'][:21]), 0.4, 0.3)
     logits, sown = step_lib.create_model(config, 3).apply(

@@ -49,6 +49,9 @@ def evaluate(workdir, checkpoint='latest', split='test', data_path=None):
     raise ValueError('expected a split of the run, got validation: it has none')
   # The run may have had other devices; what is too much is masked.
   config.batch_size += -config.batch_size % jax.device_count()
+  batches = data.eval_batches(
+    [getattr(dataset, split)], config, batch_size=config.batch_size
+  )
   return {
     'checkpoint': checkpoint,
     'step': info['step'],
@@ -57,8 +60,7 @@ def evaluate(workdir, checkpoint='latest', split='test', data_path=None):
     **step_lib.evaluate(
       step_lib.compiled(step_lib.create_eval_step(config, facts)),
       {name: state[name] for name in ('params', 'batch_stats')},
-      getattr(dataset, split),
-      config,
+      next(batches),
     ),
   }
 

@@ -158,6 +158,13 @@ def run(config, workdir, seconds, main):
   # The epochs.
   best, totals = info['best'], collections.Counter(info['totals'])
   selection, warned = getattr(dataset, config.select_on), set()
+  epochs = range(start // steps_per_epoch, config.num_epochs)
+  evaluations = data.eval_batches(
+    [selection] * (len(epochs) if selection else 0) + [dataset.test],
+    config,
+    batch_size=config.batch_size,
+    **data.this_host(),
+  )
   with contextlib.ExitStack() as stack:
     must_stop = stack.enter_context(stop_signal())
     bar = stack.enter_context(metrics.progress(config, num_steps, start))
@@ -184,7 +191,7 @@ def run(config, workdir, seconds, main):
         write(line)
       return line
 
-    for epoch in range(start // steps_per_epoch, config.num_epochs):
+    for epoch in epochs:
       last = (epoch + 1) * steps_per_epoch
       steps = range(max(start, epoch * steps_per_epoch) + 1, last + 1)
       before = seconds['train']
@@ -207,7 +214,7 @@ def run(config, workdir, seconds, main):
             )
           else:
             scores = step_lib.evaluate(
-              run_eval, step_lib.variables(state), selection, config
+              run_eval, step_lib.variables(state), next(evaluations)
             )
         line['layers'] = scores['layers']
         if selection is not None:
@@ -237,7 +244,7 @@ def run(config, workdir, seconds, main):
 
   with timed('evaluate'):
     tested = step_lib.evaluate(
-      run_eval, step_lib.variables(state), dataset.test, config
+      run_eval, step_lib.variables(state), next(evaluations)
     )
   result = {
     'step': num_steps,

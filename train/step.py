@@ -298,11 +298,8 @@ def create_train_step(config, facts, steps_per_epoch):
   return state, pmapped(step, donate_argnums=0)
 
 
-def evaluate(run_eval, variables, source, config):
+def evaluate(run_eval, variables, batches):
   """Returns loss, accuracy and activity, averaged over all examples."""
-  batches = data.eval_batches(
-    source, config, batch_size=config.batch_size, **data.this_host()
-  )
   return average(run_eval(variables, batch) for batch in on_devices(batches))
 
 
