@@ -14,6 +14,7 @@ TensorFlow is needed once, to prepare the data: `pip install tensorflow`.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -23,6 +24,7 @@ def get_config():
   config.dataset = 'imagenet2012'
   config.data_path = ''  # The file of dataset = 'npz'.
   config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
+  config.num_classes = placeholder(int)  # None: those that the data have.
   config.validation_fraction = 0.0  # All 1,281,167 train.
   config.normalize = True
   config.mean = (0.485, 0.456, 0.406)  # The customary ones; SEW-ResNet's.
@@ -33,7 +35,7 @@ def get_config():
 
   # Network.
   config.model = 'SEWResNet18'  # A class of dsatgo_jax.models.
-  config.model_args = ConfigDict()  # Further attributes of the model.
+  config.model_args = ConfigDict()  # Further attributes, as "{'alpha': 1.0}".
   config.num_steps = 4  # T, published.
   config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
   config.neuron = ConfigDict(

@@ -1,6 +1,8 @@
 """The data pipeline: splits, statistics, batches; resumed and shared out."""
 
+import dataclasses
 import itertools
+import json
 import multiprocessing
 
 import jax
@@ -21,6 +23,7 @@ def make_config(**fields):
       'dataset': 'npz',
       'data_path': None,
       'data_dir': None,
+      'num_classes': None,
       'batch_size': 4,
       'num_steps': 2,
       'seed': 0,
@@ -109,6 +112,9 @@ def test_published_mean_and_std_win(npz_file):
   [
     ({'mean': (0.5,)}, 'must be 3 numbers'),
     ({'std': (1.0, 0.0, 1.0)}, 'std positive'),
+    ({'mean': (None,) * 3}, 'must be 3 numbers'),
+    ({'std': (1.0, 1.0, np.nan)}, 'must be 3 numbers'),
+    ({'num_classes': 3}, r'y_train must be in 0..2, got 3'),
     ({'validation_fraction': 1.0}, r'must be in \[0, 1\), got 1.0'),
     ({'validation_fraction': -0.1}, r'must be in \[0, 1\), got -0.1'),
     ({'validation_fraction': 0.01}, '0.01 of 20 examples is less than one'),
@@ -119,6 +125,55 @@ def test_published_mean_and_std_win(npz_file):
 def test_load_refuses(npz_file, fields, message):
   with pytest.raises(ValueError, match=message):
     data.load(make_config(data_path=npz_file, **fields))
+
+
+def test_num_classes_are_more_than_the_data_show(npz_file):
+  config = make_config(data_path=npz_file, num_classes=9)
+  assert data.load(config).num_classes == 9
+
+
+def test_tfds_knows_its_classes(tmp_path):
+  config = make_config(dataset='digits', data_dir=str(tmp_path), num_classes=10)
+  assert data.load(config).num_classes == 10
+  config.num_classes = 9
+  with pytest.raises(
+    ValueError, match='num_classes must be 10 or None .*got 9'
+  ):
+    data.load(config)
+
+
+def test_description_tells_other_data_of_the_same_shape(npz_file):
+  config = make_config(data_path=npz_file, validation_fraction=0.2)
+  dataset = data.load(config)
+  facts = data.describe(dataset)
+  assert facts == json.loads(json.dumps(facts))
+  assert facts == data.describe(data.load(config))
+  assert facts['num_examples'] == {'train': 16, 'validation': 4, 'test': 6}
+  assert (facts['dtype'], facts['num_classes']) == ('uint8', 4)
+
+  def changed(**arrays):
+    other = dataset._replace(test=dataclasses.replace(dataset.test, **arrays))
+    return {
+      name for name, fact in data.describe(other).items() if fact != facts[name]
+    }
+
+  images, labels = dataset.test.images.copy(), dataset.test.labels
+  images[-1, -1, -1, -1] ^= 1
+  assert changed(images=images) == {'checksum'}
+  assert changed(labels=labels[::-1]) == {'checksum'}
+  assert changed(images=images[:5], labels=labels[:5]) == {
+    'checksum', 'num_examples'
+  }  # fmt: skip
+
+
+def test_examples_on_disk_are_told_apart_by_some():
+  rows = list(make_source(100))
+  index = np.arange(100)
+  one, same, other, fewer = (
+    sources.Records(rows, order).checksum()
+    for order in (index, index, index[::-1], index[:3])
+  )
+  assert one == same and len({one, other, fewer}) == 3
 
 
 @pytest.mark.parametrize('num_steps', [2, 3])

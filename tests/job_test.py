@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from tests import tiny
-from train import checkpoints, lock, metrics
+from train import checkpoints, evaluate, lock, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (
@@ -117,6 +118,81 @@ def test_evaluate_takes_the_best_and_other_splits(finished):
   assert found['selected_on'] == 'validation'
   out, _ = run('evaluate', f'--workdir={workdir}', *options[1:])
   assert 'chosen on the validation split' in out.splitlines()[0]
+
+
+def test_evaluate_needs_no_more_than_a_test_split(finished, tmp_path):
+  workdir, *_ = finished
+  data_path = metrics.read_json(workdir / 'config.json')['data_path']
+  arrays = dict(np.load(data_path))
+  new = {name: arrays[name][:9] for name in ('x_test', 'y_test')}
+  new['y_test'] = new['y_test'] % 2  # Without the last class.
+  found = evaluated(workdir, tmp_path, **new)
+  # What the whole file says of the same images.
+  expected = evaluated(workdir, tmp_path, **arrays | new)
+  assert found == expected and found['num_examples'] == 9
+
+  for change, message in (
+    ({'y_test': new['y_test'] + 2}, r'y_test must be in 0\.\.2, got 3'),
+    (
+      {'x_test': new['x_test'][:, 1:]},
+      r'with example_shape \[8, 8, 1\], got \[7, 8, 1\]',
+    ),
+    ({'x_test': new['x_test'] / 255}, 'with dtype uint8, got float32'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      evaluated(workdir, tmp_path, **new | change)
+
+
+def evaluated(workdir, folder, **arrays):
+  np.savez(folder / 'new.npz', **arrays)
+  return evaluate.evaluate(workdir, data_path=str(folder / 'new.npz'))
+
+
+def test_evaluate_takes_splits_of_other_data(finished, tmp_path):
+  workdir, *_ = finished
+  few = tiny.save(tmp_path / 'few.npz', train=5, test=2)
+  found = evaluate.evaluate(workdir, split='train', data_path=few)
+  assert found['num_examples'] == 4  # A quarter of five is held out.
+
+
+def test_evaluate_does_not_take_changed_data_for_the_runs(
+  finished, npz, tmp_path
+):
+  workdir, *_ = finished
+  path = pathlib.Path(npz.split('=')[1])
+  whole = path.read_bytes()
+  arrays = dict(np.load(path))
+  try:
+    np.savez(path, **arrays | {'x_test': arrays['x_test'][::-1]})
+    with pytest.raises(ValueError, match='test differs .*: choose --data_path'):
+      evaluate.evaluate(workdir)
+    assert evaluate.evaluate(workdir, data_path=str(path))['num_examples'] == 21
+  finally:
+    path.write_bytes(whole)
+
+
+def test_what_an_error_recommends_can_be_given(npz, tmp_path):
+  data_path = npz.split('=')[1]
+  arrays = dict(np.load(data_path))
+  arrays['y_train'] = arrays['y_train'] * 2
+  np.savez(tmp_path / 'gaps.npz', **arrays)
+  gaps = f'--config.data_path={tmp_path / "gaps.npz"}'
+  narrow = (flag for flag in TINY if 'model_args' not in flag)
+  command = ('plan', *narrow, '--devices=1', '--nocompile', '--json')
+  assert fail(*command, gaps).endswith(
+    'without gaps, or set config.num_classes'
+  )
+  given = (
+    '--config.num_classes=7',
+    '--config.mean=0.5',
+    '--config.std=0.25',
+    "--config.augment='random_crop:1','flip'",
+    "--config.model_args={'stages': ((4,),), 'alpha': 0.5}",
+  )
+  found = json.loads(run(*command, gaps, *given)[0])
+  assert (found['num_classes'], found['num_examples']) == (7, 96)
+  line = fail(*command, npz, '--config.model_args.alpha=0.5')
+  assert line == "error: expected a field of the config, got 'alpha'"
 
 
 def test_evaluate_prints_tables(finished):

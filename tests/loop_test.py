@@ -117,7 +117,25 @@ def test_a_finished_run_says_so_and_stops(npz, tmp_path, capsys, monkeypatch):
   assert 'finished' not in capsys.readouterr().out
   monkeypatch.setattr(data, 'load', None)
   assert loop.train(config, tmp_path / 'run') == result
-  assert 'finished' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert 'finished' in out and 'its data were not read again' in out
+
+
+def test_a_finished_run_looks_at_data_from_elsewhere(npz, tmp_path, capsys):
+  config = tiny.config(data_path=npz, num_epochs=1)
+  result = loop.train(config, tmp_path / 'run')
+  config.data_path = str(tmp_path / 'moved.npz')
+  with pytest.raises(ValueError, match='moved.npz: .* is not a file'):
+    loop.train(config, tmp_path / 'run')
+  arrays = dict(np.load(npz))
+  np.savez(config.data_path, **arrays)
+  assert loop.train(config, tmp_path / 'run') == result
+  out = capsys.readouterr().out
+  assert 'finished' in out and 'not read again' not in out
+  arrays['y_test'] = arrays['y_test'][::-1]
+  np.savez(config.data_path, **arrays)
+  with pytest.raises(ValueError, match='data.checksum.test differs from the'):
+    loop.train(config, tmp_path / 'run')
 
 
 def test_a_run_stopped_within_an_epoch_resumes_exactly(
@@ -203,15 +221,25 @@ def test_another_config_does_not_resume(npz, tmp_path, field, value):
     loop.train(config, tmp_path)
 
 
-def test_other_data_do_not_resume(npz, tmp_path):
+@pytest.mark.parametrize(
+  'name, change, message',
+  [
+    ('x_train', lambda x: x // 2, 'data.mean differs .*expected .*, got'),
+    ('x_test', lambda x: x // 2, 'data.checksum.test differs .*expected'),
+    ('y_test', lambda y: 1 - y % 2, 'data.checksum.test differs .*expected'),
+  ],
+)
+def test_other_data_do_not_resume(npz, tmp_path, name, change, message):
   loop.train(tiny.config(data_path=npz, num_epochs=1), tmp_path / 'run')
   (tmp_path / 'run' / 'result.json').unlink()
   arrays = dict(np.load(npz))
-  arrays['x_train'] //= 2
+  arrays[name] = change(arrays[name])
   np.savez(tmp_path / 'other.npz', **arrays)
-  config = tiny.config(data_path=str(tmp_path / 'other.npz'), num_epochs=1)
-  with pytest.raises(ValueError, match=r'data.mean differs .*expected .*, got'):
-    loop.train(config, tmp_path / 'run')
+  for path in str(tmp_path / 'other.npz'), npz:  # Elsewhere, and in place.
+    np.savez(path, **arrays)
+    config = tiny.config(data_path=path, num_epochs=1)
+    with pytest.raises(ValueError, match=message):
+      loop.train(config, tmp_path / 'run')
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(npz, tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ def load(config):
     config: `dataset` is `'npz'`, then `data_path` is the file (see
       `train/datasets/npz.py`), or the name of a TFDS dataset, kept in
       `data_dir` (None: where TFDS keeps them) and prepared there if need be.
+      `num_classes`, where not None, is for arrays that do not show them all.
       `validation_fraction` of the training split is held out by `seed`. `mean`
       and `std`, where not None, replace those of the training part;
       `normalize=False` makes them 0 and 1.
@@ -54,12 +55,17 @@ def load(config):
   """
   if config.dataset == 'npz':
     train, test, num_classes = sources.from_npz(
-      config.data_path, config.get('num_classes')
+      config.data_path, config.num_classes
     )
   else:
     train, test, num_classes = sources.from_tfds(
       config.dataset, config.data_dir
     )
+    if config.num_classes not in (None, num_classes):
+      raise ValueError(
+        f'config.num_classes must be {num_classes} or None for '
+        f'{config.dataset}, got {config.num_classes}'
+      )
   shape = example_shape(train, test, config)
   train, validation = split(train, config.validation_fraction, config.seed)
   mean, std = statistics(train, config)
@@ -67,12 +73,23 @@ def load(config):
 
 
 def describe(dataset):
-  """What inference needs to know of the data; kept in the checkpoint."""
+  """What inference and a resumed run need to know of the data.
+
+  Kept in checkpoints. The checksums tell other data of the same shape.
+  """
+  splits = {
+    name: getattr(dataset, name)
+    for name in ('train', 'validation', 'test')
+    if getattr(dataset, name) is not None
+  }
   return {
     'num_classes': int(dataset.num_classes),
     'example_shape': [int(size) for size in dataset.example_shape],
+    'dtype': dataset.train[0]['image'].dtype.name,
     'mean': dataset.mean.tolist(),
     'std': dataset.std.tolist(),
+    'num_examples': {name: len(source) for name, source in splits.items()},
+    'checksum': {name: source.checksum() for name, source in splits.items()},
   }
 
 
@@ -143,7 +160,9 @@ def statistics(source, config):
     mean = measured[0] if mean is None else mean
     std = measured[1] if std is None else std
   mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-  if mean.shape != (channels,) or std.shape != (channels,) or min(std) <= 0:
+  if not mean.shape == std.shape == (channels,) or not (
+    np.isfinite([mean, std]).all() and min(std) > 0
+  ):
     raise ValueError(
       f'config.mean and config.std must be {channels} numbers, one a channel, '
       f'std positive, got {mean} and {std}'

@@ -117,15 +117,22 @@ def run(config, workdir, seconds, main):
   settings.check_unchanged(info, 'config', config.to_dict())
   result = metrics.read_json(workdir / 'result.json') if found else None
   finished = result is not None and result['step'] == info['step']
-  if multihost_utils.broadcast_one_to_all(finished):
-    print(f'{workdir} is finished: nothing left to train')
+  # Where they were the data are taken to be the same; elsewhere they are read.
+  known = finished and all(
+    config[name] == info['config'][name] for name in ('data_dir', 'data_path')
+  )
+  finished, known = multihost_utils.broadcast_one_to_all((finished, known))
+  if not known:
+    with timed('data'):
+      dataset = data.load(config)
+    facts = data.describe(dataset)
+    settings.check_unchanged(info, 'data', facts)
+  if finished:
+    unread = ', and its data were not read again' if known else ''
+    print(f'{workdir} is finished: nothing left to train{unread}')
     return result
 
-  # Data, state and compiled steps.
-  with timed('data'):
-    dataset = data.load(config)
-  facts = data.describe(dataset)
-  settings.check_unchanged(info, 'data', facts)
+  # State and compiled steps.
   steps_per_epoch = data.steps_per_epoch(dataset, config)
   num_steps = config.num_epochs * steps_per_epoch
   with timed('compile'):

@@ -1,6 +1,7 @@
 """What a config may say, and what a resumed run may say anew."""
 
 import json
+import math
 
 import jax
 from flax import traverse_util
@@ -15,10 +16,13 @@ CHOICES = {
 POSITIVE = (
   'num_epochs', 'batch_size', 'num_steps', 'learning_rate', 'log_every',
 )  # fmt: skip
-NOT_NEGATIVE = ('momentum', 'weight_decay', 'grad_clip_norm', 'label_smoothing')
+NOT_NEGATIVE = (
+  'momentum', 'weight_decay', 'grad_clip_norm', 'label_smoothing',
+  'num_workers', 'seed',
+)  # fmt: skip
 OTHERS = (
   'augment', 'data_dir', 'data_path', 'dataset', 'mean', 'method', 'model',
-  'model_args', 'neuron', 'normalize', 'num_workers', 'profile', 'seed', 'std',
+  'model_args', 'neuron', 'normalize', 'num_classes', 'profile', 'std',
   'validation_fraction', 'warmup_epochs',
 )  # fmt: skip
 # What may differ when a run is resumed; anything else would be another run.
@@ -36,6 +40,11 @@ def check(config):
       f'expected a config with {", ".join(sorted(missing))}, as '
       'configs/digits.py has them, got none'
     )
+  for name, value in traverse_util.flatten_dict(
+    config.to_dict(), sep='.'
+  ).items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f'config.{name} must be finite, got {value}')
   for name, choices in CHOICES.items():
     if config[name] not in choices:
       raise ValueError(
@@ -53,6 +62,10 @@ def check(config):
       f'config.warmup_epochs must be in [0, num_epochs = {config.num_epochs}], '
       f'got {config.warmup_epochs}'
     )
+  if config.dtype == 'float64' and not jax.config.jax_enable_x64:
+    raise ValueError(
+      'config.dtype = float64 needs JAX_ENABLE_X64=1 in the environment'
+    )
   if config.batch_size % jax.device_count():
     raise ValueError(
       'config.batch_size must be a multiple of the number of devices, '
@@ -60,16 +73,22 @@ def check(config):
     )
 
 
-def check_unchanged(info, key, value):
-  """Raises a `ValueError` naming what differs from the run to be resumed."""
+def check_unchanged(info, key, value, otherwise='another workdir'):
+  """Raises a `ValueError` naming what differs from the run of a checkpoint.
+
+  Args:
+    info: of the checkpoint. What it does not tell, being older, may be any.
+    key: what of it, `'config'` or `'data'`.
+    value: the same as it is now, a dict.
+    otherwise: what another run, or other data, would take.
+  """
   expected, got = (
     traverse_util.flatten_dict(json.loads(json.dumps({key: tree})), sep='.')
-    for tree in (info.get(key, value), value)
+    for tree in ({**value, **info.get(key, {})}, value)
   )
-  for name in sorted(expected.keys() | got.keys()):
+  for name in expected | got:
     if name not in FREE and expected.get(name) != got.get(name):
       raise ValueError(
         f'{name} differs from the run in this workdir, expected '
-        f'{expected.get(name)!r}, got {got.get(name)!r}: choose another '
-        'workdir for another run'
+        f'{expected.get(name)!r}, got {got.get(name)!r}: choose {otherwise}'
       )
