@@ -26,13 +26,18 @@ from train import settings
     ('weight_decay', np.nan, 'config.weight_decay must be finite, got nan'),
     ('neuron', {'v_th': np.nan}, 'config.neuron.v_th must be finite, got nan'),
     ('dtype', 'float64', 'float64 needs JAX_ENABLE_X64=1'),
+    (
+      'dataset',
+      'digits',
+      "of config.dataset = 'npz', got 'a.npz' with .*digits",
+    ),
     ('warmup_epochs', 4, r'config.warmup_epochs must be in .* 3\], got 4'),
   ],
 )
 def test_settings_out_of_range_are_errors(field, value, message):
   settings.check(tiny.config())
   with pytest.raises(ValueError, match=message):
-    settings.check(tiny.config(**{field: value}))
+    settings.check(tiny.config(data_path='a.npz', **{field: value}))
 
 
 @pytest.mark.parametrize('field', digits.get_config())

@@ -45,6 +45,9 @@ def evaluate(workdir, checkpoint='latest', split='test', data_path=None):
   config.update({name: facts[name] for name in ('num_classes', 'mean', 'std')})
   if data_path:
     config.update(dataset='npz', data_path=data_path)
+  # The run may have had other devices; what is too much is masked.
+  config.batch_size += -config.batch_size % jax.device_count()
+  settings.check(config)
   if data_path and split == 'test':
     source = sources.Arrays(*npz.read_test(data_path, config.num_classes))
   else:
@@ -65,8 +68,6 @@ def evaluate(workdir, checkpoint='latest', split='test', data_path=None):
   ):
     if (expected := facts.get(name, got)) != got:
       raise ValueError(f'expected data with {name} {expected}, got {got}')
-  # The run may have had other devices; what is too much is masked.
-  config.batch_size += -config.batch_size % jax.device_count()
   batches = data.eval_batches([source], config, batch_size=config.batch_size)
   return {
     'checkpoint': checkpoint,

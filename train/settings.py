@@ -40,9 +40,8 @@ def check(config):
       f'expected a config with {", ".join(sorted(missing))}, as '
       'configs/digits.py has them, got none'
     )
-  for name, value in traverse_util.flatten_dict(
-    config.to_dict(), sep='.'
-  ).items():
+  fields = traverse_util.flatten_dict(config.to_dict(), sep='.')
+  for name, value in fields.items():
     if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f'config.{name} must be finite, got {value}')
   for name, choices in CHOICES.items():
@@ -61,6 +60,11 @@ def check(config):
     raise ValueError(
       f'config.warmup_epochs must be in [0, num_epochs = {config.num_epochs}], '
       f'got {config.warmup_epochs}'
+    )
+  if config.data_path and config.dataset != 'npz':
+    raise ValueError(
+      "config.data_path is the file of config.dataset = 'npz', got "
+      f'{config.data_path!r} with config.dataset = {config.dataset!r}'
     )
   if config.dtype == 'float64' and not jax.config.jax_enable_x64:
     raise ValueError(
