@@ -138,20 +138,16 @@ def read(path):
     if not isinstance(found, dict):
       raise TypeError(f'a {type(found).__name__}')
     return {name: array(value) for name, value in convert.unwrap(found).items()}
-  except pickle.UnpicklingError as error:
-    reason = (
-      'a pickle of more than tensors, such as a whole network: save '
-      'network.state_dict() alone'
-    )
-    raise ValueError(wanted(path, reason)) from error
   except Exception as error:  # What they raise depends on what is wrong.
     reason = f'{type(error).__name__}: {error}'.splitlines()[0]
-    raise ValueError(wanted(path, reason)) from error
-
-
-def wanted(path, got):
-  """Says what was expected of a file."""
-  return f'expected a state dict, tensors by name, in {path}, got {got}'
+    if isinstance(error, pickle.UnpicklingError):
+      reason = (
+        'a pickle of more than tensors, such as a whole network: save '
+        'network.state_dict() alone'
+      )
+    raise ValueError(
+      f'expected a state dict, tensors by name, in {path}, got {reason}'
+    ) from error
 
 
 def array(value):
