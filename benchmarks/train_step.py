@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from benchmarks import pytorch, timing
 from dsatgo_jax import losses, models, neurons
-from train.loop import CPU_OPTIONS
+from train.step import CPU_OPTIONS
 
 NETWORKS = {
   'ResNet-19, T = 2': (models.ResNet19, {'num_steps': 2}, (8, 32, 32, 3)),

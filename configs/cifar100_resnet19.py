@@ -20,6 +20,7 @@ rotations to one side only and in Equalize 0.8 in row 17:
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -29,6 +30,7 @@ def get_config():
   config.dataset = 'cifar100'
   config.data_path = ''  # The file of dataset = 'npz'.
   config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
+  config.num_classes = placeholder(int)  # None: those that the data have.
   config.validation_fraction = 0.0  # All 50,000 train, as published.
   config.normalize = True
   # Those of the training set's pixels that many programs have, to more digits:
@@ -41,7 +43,7 @@ def get_config():
 
   # Network.
   config.model = 'ResNet19'  # A class of dsatgo_jax.models.
-  config.model_args = ConfigDict()  # Further attributes of the model.
+  config.model_args = ConfigDict()  # Further attributes, as "{'alpha': 1.0}".
   config.num_steps = 2  # T, published.
   config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
   config.neuron = ConfigDict(

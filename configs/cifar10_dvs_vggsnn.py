@@ -31,6 +31,7 @@ def get_config():
   config.dataset = 'cifar10_dvs/random_count_t10'  # Split, slicing, T; chosen.
   config.data_path = ''  # The file of dataset = 'npz'.
   config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
+  config.num_classes = placeholder(int)  # None: those that the data have.
   config.validation_fraction = 0.0  # All 9,000 train.
   config.normalize = False  # Event counts as they are.
   config.mean = placeholder(tuple)
@@ -41,7 +42,7 @@ def get_config():
 
   # Network.
   config.model = 'VGGSNN'  # A class of dsatgo_jax.models.
-  config.model_args = ConfigDict()  # Further attributes of the model.
+  config.model_args = ConfigDict()  # Further attributes, as "{'alpha': 1.0}".
   config.num_steps = 10  # T, published.
   config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
   config.neuron = ConfigDict(

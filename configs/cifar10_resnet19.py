@@ -19,6 +19,7 @@ rotations to one side only and in Equalize 0.8 in row 17:
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -28,6 +29,7 @@ def get_config():
   config.dataset = 'cifar10'
   config.data_path = ''  # The file of dataset = 'npz'.
   config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
+  config.num_classes = placeholder(int)  # None: those that the data have.
   config.validation_fraction = 0.0  # All 50,000 train, as published.
   config.normalize = True
   config.mean = (0.4914, 0.4822, 0.4465)  # Published.
@@ -38,7 +40,7 @@ def get_config():
 
   # Network.
   config.model = 'ResNet19'  # A class of dsatgo_jax.models.
-  config.model_args = ConfigDict()  # Further attributes of the model.
+  config.model_args = ConfigDict()  # Further attributes, as "{'alpha': 1.0}".
   config.num_steps = 2  # T, published.
   config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
   config.neuron = ConfigDict(

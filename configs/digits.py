@@ -21,6 +21,7 @@ def get_config():
   config.dataset = 'digits'  # Or 'npz', or another dataset of TFDS.
   config.data_path = ''  # The file of dataset = 'npz'.
   config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
+  config.num_classes = placeholder(int)  # None: those that the data have.
   config.validation_fraction = 0.1  # Of the training split, held out.
   config.normalize = True  # By mean and deviation of the training split.
   config.mean = placeholder(tuple)

@@ -23,6 +23,7 @@ the stem's running variance, unbiased, counts all T copies.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -32,6 +33,7 @@ def get_config():
   config.dataset = 'imagenet2012'
   config.data_path = ''  # The file of dataset = 'npz'.
   config.data_dir = ''  # Where TFDS keeps its datasets; '': its default.
+  config.num_classes = placeholder(int)  # None: those that the data have.
   config.validation_fraction = 0.0  # All 1,281,167 train.
   config.normalize = True
   config.mean = (0.485, 0.456, 0.406)  # The customary ones; SEW-ResNet's.
@@ -42,7 +44,7 @@ def get_config():
 
   # Network.
   config.model = 'SEWResNet18'  # A class of dsatgo_jax.models.
-  config.model_args = ConfigDict()  # Further attributes of the model.
+  config.model_args = ConfigDict()  # Further attributes, as "{'alpha': 1.0}".
   config.num_steps = 4  # T, published.
   config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
   config.neuron = ConfigDict(

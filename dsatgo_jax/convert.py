@@ -7,6 +7,9 @@ A state dict is a dict of NumPy arrays under PyTorch's names:
     variables = convert.from_torch(state_dict, variables)
     logits = model.apply(variables, images)
 
+A state dict may lie in a checkpoint beside other things, and its names may have
+what `DataParallel` and `torch.compile` put before them: see `unwrap`.
+
 What their program keeps in no state dict has a name of our own:
 `<neuron>.running_threshold` and, where the width follows another signal than
 the threshold, `<neuron>.running_signal`, [T] each.
@@ -40,14 +43,42 @@ _NAMES = (
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}
 
 _OPTIONAL = ('running_threshold', 'running_signal')
-_IGNORED = 'num_batches_tracked'
+_IGNORED = ('num_batches_tracked', 'n_averaged')  # Counters.
+# Where training programs keep a state dict, and what wrappers put into names.
+_WHERE = ('state_dict', 'model_state_dict', 'model', 'net')
+_WRAPPERS = ('module', '_orig_mod')
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+  """The state dict of a checkpoint, under the network's own names.
+
+  Args:
+    checkpoint: a state dict; or a dict that holds one as `'state_dict'`,
+      `'model_state_dict'`, `'model'` or `'net'`. Its names may contain
+      `module.` (DataParallel) and `_orig_mod.` (torch.compile).
+
+  Returns:
+    The values as they are, by names without those.
+
+  Raises:
+    ValueError: two entries would have one name.
+  """
+  while inner := [w for w in _WHERE if isinstance(checkpoint.get(w), Mapping)]:
+    checkpoint = checkpoint[inner[0]]
+  state_dict: dict[str, Any] = {}
+  for name, value in checkpoint.items():
+    plain = '.'.join(p for p in str(name).split('.') if p not in _WRAPPERS)
+    if plain in state_dict:
+      raise ValueError(f'Expected one {plain} in the state dict, got two.')
+    state_dict[plain] = value
+  return state_dict
 
 
 def settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   """The attributes of the `ResNet19` that a state dict belongs to.
 
   Args:
-    state_dict: arrays under PyTorch's names.
+    state_dict: arrays under PyTorch's names, or what `unwrap` takes.
 
   Returns:
     `planes`, `stage_sizes`, `head_width`, `num_classes` and `learn_decay`; and
@@ -56,6 +87,7 @@ def settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: a weight that tells one of them is missing or misshapen.
   """
+  state_dict = unwrap(state_dict)
 
   def outputs(layer, rank):
     name = f'{layer}.layer.weight'
@@ -90,8 +122,10 @@ def from_torch(state_dict: Mapping[str, Any], template: Any) -> dict[str, Any]:
   """Our variables of the authors' state dict.
 
   Args:
-    state_dict: arrays under PyTorch's names. `num_batches_tracked` is ignored.
-      Running thresholds and running signals are optional, all of a kind.
+    state_dict: arrays under PyTorch's names, or what `unwrap` takes; counters
+      are ignored. Running thresholds and running signals are optional, all of a
+      kind; without them inference starts from `v_th`, which is far from what a
+      trained network fires at.
     template: variables of the `ResNet19` to be filled, from its `init`. They
       say which names, shapes and dtypes are expected, and keep the running
       thresholds and signals that the state dict does not hold.
@@ -100,12 +134,13 @@ def from_torch(state_dict: Mapping[str, Any], template: Any) -> dict[str, Any]:
     `{'params', 'batch_stats'}` of NumPy arrays, in the template's dtypes.
 
   Raises:
-    ValueError: it names every entry that is missing, extra or misshapen.
+    ValueError: it names every entry that is missing, extra or misshapen, or
+      not finite.
   """
   expected = to_torch(template)
   given = {
     name: np.asarray(value)
-    for name, value in state_dict.items()
+    for name, value in unwrap(state_dict).items()
     if not name.endswith(_IGNORED)
   }
   kept = tuple(
@@ -122,6 +157,12 @@ def from_torch(state_dict: Mapping[str, Any], template: Any) -> dict[str, Any]:
   if problems:
     raise ValueError(
       'The state dict does not fit the network:\n  ' + '\n  '.join(problems)
+    )
+  bad = [name for name, array in given.items() if not np.isfinite(array).all()]
+  if bad:
+    raise ValueError(
+      f'Expected finite weights, got NaN or infinite values in {len(bad)} of '
+      f'{len(given)} entries, the first of them {bad[0]}.'
     )
   filled = expected | given
   variables = {

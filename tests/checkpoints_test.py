@@ -140,6 +140,24 @@ def test_damage_is_told_and_kept_unless_repairing(tmp_path, caplog):
   assert steps_in(tmp_path) == [1, 2]
 
 
+# Orbax's reads go on after the first one of them has failed.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_what_a_run_replaces_while_it_is_read_is_read_again(
+  tmp_path, monkeypatch
+):
+  save(tmp_path, 1)
+  read = checkpoints._read
+
+  def slow(manager, step):
+    if step == 1:
+      shutil.rmtree(checkpoints.directory(tmp_path, 'latest') / '1')
+      save(tmp_path, 2)
+    return read(manager, step)
+
+  monkeypatch.setattr(checkpoints, '_read', slow)
+  assert_is(checkpoints.restore(tmp_path), 2)
+
+
 def test_damaged_checkpoints_alone_are_an_error_and_stay(tmp_path):
   save(tmp_path, 1, 2)
   folder = checkpoints.directory(tmp_path, 'latest')

@@ -20,7 +20,8 @@ from ml_collections import config_flags
 
 from dsatgo_jax import methods
 from tests import datasets_test
-from train import data, loop, plan
+from train import data, plan, settings
+from train import step as step_lib
 from train.datasets import cifar10_dvs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -122,7 +123,7 @@ def test_every_field_is_there_and_can_be_set(name):
   for field in config:
     assert config.get_type(field) is other.get_type(field), field
   assert config.get_type('mean') is tuple
-  loop.check(config)
+  settings.check(config)
 
 
 @pytest.mark.parametrize('name', sorted(CONFIGS))
@@ -205,14 +206,14 @@ def one_step(config, folder):
     warmup_epochs=0,
   )
   with small_data(config, folder):
-    loop.check(config)
+    settings.check(config)
     dataset = data.load(config)
-    old, step = loop.create_train_step(
-      config, loop.describe(dataset), data.steps_per_epoch(dataset, config)
+    old, step = step_lib.create_train_step(
+      config, data.describe(dataset), data.steps_per_epoch(dataset, config)
     )
     before = jax.device_get(old)
     batches = data.train_batches(dataset.train, config)
-    after, measured = step(old, next(loop.on_devices(batches)))
+    after, measured = step(old, next(step_lib.on_devices(batches)))
   assert after.step == 1
   for tree in after, measured:
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(tree))

@@ -1,20 +1,23 @@
 """State dicts of the authors' ResNet-19, into our variables and back."""
 
 import pathlib
+import pickle
 import subprocess
 import sys
+import types
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 
 from configs import digits
 from dsatgo_jax import convert
 from dsatgo_jax.models import VGGSNN, ResNet19
+from train import checkpoints, evaluate, lock, loop
 from train import convert as command
-from train import evaluate
 
 REFERENCE = pathlib.Path(__file__).parent / 'testdata' / 'resnet19_narrow.npz'
 IMAGES = np.zeros((2, 8, 8, 3), np.float32)
@@ -176,6 +179,52 @@ def test_every_missing_extra_and_misshapen_entry_is_named():
   ]
 
 
+@pytest.mark.parametrize(
+  'prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.']
+)
+@pytest.mark.parametrize('where', ['', 'state_dict', 'model', 'net', 'both'])
+def test_wrapped_state_dicts_are_read(prefix, where):
+  ours = variables(**SMALL)
+  theirs = {prefix + k: v for k, v in convert.to_torch(ours).items()}
+  theirs['n_averaged'] = np.int64(3)
+  if where == 'both':
+    theirs = {'net': {'model_state_dict': theirs}, 'epoch': 3}
+  elif where:
+    theirs = {where: theirs, 'optimizer': {'state': {}}, 'accuracy': 0.5}
+  assert convert.settings(theirs) == SMALL
+  back = convert.from_torch(theirs, variables(seed=1, **SMALL))
+  chex.assert_trees_all_equal(back, ours, strict=True)
+
+
+def test_compiled_parts_are_read():
+  ours = variables(**SMALL)
+  theirs = {
+    name.replace('Blocks.1.', 'Blocks.1._orig_mod.'): array
+    for name, array in convert.to_torch(ours).items()
+  }
+  back = convert.from_torch(theirs, variables(seed=1, **SMALL))
+  chex.assert_trees_all_equal(back, ours, strict=True)
+
+
+def test_two_entries_of_one_name_are_an_error():
+  with pytest.raises(ValueError, match='Expected one a.b in .*, got two'):
+    convert.unwrap({'a.b': 1, 'module.a.b': 2})
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(value):
+  template = variables(**SMALL)
+  theirs = convert.to_torch(template)
+  theirs['fc.0.layer.weight'] = np.full((5, 3), value, np.float32)
+  theirs['fc.1.neuron.w'] = np.float32(value)
+  with pytest.raises(ValueError) as caught:
+    convert.from_torch(theirs, template)
+  message = str(caught.value)
+  assert 'finite weights' in message and '\n' not in message
+  assert f'in 2 of {len(theirs)} entries' in message
+  assert 'fc.' in message
+
+
 def test_another_network_has_no_state_dict():
   ours = variables(network=VGGSNN, stages=((2,),), num_steps=3)
   with pytest.raises(ValueError, match="of a ResNet19, got 'conv0/"):
@@ -230,7 +279,75 @@ def test_state_dict_for_other_data(config, tmp_path):
   np.savez(tmp_path / 'small.npz', **convert.to_torch(variables(**SMALL)))
   with pytest.raises(ValueError, match='expected .10, 5., got .4, 5.'):
     command.from_torch(tmp_path / 'small.npz', config, tmp_path / 'run')
-  assert not (tmp_path / 'run').exists()
+  assert checkpoints.restore(tmp_path / 'run') is None
+
+
+def test_a_workdir_in_use_or_unwritable_ends_before_the_file(config, tmp_path):
+  with lock.hold(tmp_path / 'run'):
+    with pytest.raises(ValueError, match='run is in use by process'):
+      command.from_torch('none.npz', config, tmp_path / 'run')
+  (tmp_path / 'file').touch()
+  with pytest.raises(ValueError, match='can be written, got .*file'):
+    command.from_torch('none.npz', config, tmp_path / 'file')
+
+
+@pytest.mark.parametrize('method', ['ds_atgo', 'vanilla'])
+@pytest.mark.parametrize('running', [False, True])
+def test_running_thresholds_that_are_missing_are_warned_of(
+  config, tmp_path, caplog, method, running
+):
+  theirs = reference('final.')
+  keep = running and method == 'ds_atgo'
+  theirs = {
+    f'module.{name}': array
+    for name, array in theirs.items()
+    if keep or not name.endswith('running_threshold')
+  }
+  np.savez(tmp_path / 'theirs.npz', **theirs)
+  config.update(method=method, num_steps=2)
+  logging.use_python_logging()
+  with caplog.at_level('WARNING'):
+    command.from_torch(tmp_path / 'theirs.npz', config, tmp_path / 'run')
+  told = [
+    text for text in caplog.messages if 'has no running_threshold' in text
+  ]
+  assert len(told) == (not running and method == 'ds_atgo')
+  for text in told:
+    assert 'v_th = 1' in text and 'train.main' in text and '\n' not in text
+
+
+def test_train_goes_on_and_measures_the_thresholds(config, tmp_path):
+  theirs = reference('final.')
+  kinds = 'running_threshold'
+  np.savez(
+    tmp_path / 'theirs.npz',
+    **{name: a for name, a in theirs.items() if not name.endswith(kinds)},
+  )
+  config.update(num_steps=2, learning_rate=1e-9, num_epochs=40, warmup_epochs=0)
+  command.from_torch(tmp_path / 'theirs.npz', config, tmp_path / 'run')
+  before, _ = checkpoints.restore(tmp_path / 'run')
+  loop.train(config, tmp_path / 'run')
+  after, info = checkpoints.restore(tmp_path / 'run')
+  assert info['step'] == 40
+  chex.assert_trees_all_close(before['params'], after['params'], atol=1e-6)
+  threshold = after['batch_stats']['encode']['neuron']['running_threshold']
+  assert (
+    before['batch_stats']['encode']['neuron']['running_threshold'] == 1
+  ).all()
+  assert (np.abs(threshold - 1) > 0.1).all()
+
+
+def test_attributes_that_the_state_dict_does_not_tell_are_kept(
+  config, tmp_path
+):
+  np.savez(tmp_path / 'theirs.npz', **reference('final.'))
+  config.model, config.model_args = 'ResNet19', {'alpha': 0.5, 'planes': (3,)}
+  command.from_torch(tmp_path / 'theirs.npz', config, tmp_path / 'run')
+  assert config.model_args.to_dict() == {
+    'alpha': 0.5,
+    'planes': (8, 16, 32),
+    'head_width': 16,
+  }
 
 
 def test_pt_file(tmp_path):
@@ -245,6 +362,84 @@ def test_pt_file(tmp_path):
   chex.assert_trees_all_equal(
     torch.load(tmp_path / 'ours.pt'), tensors, strict=True
   )
+
+
+class Tensor:
+  """What `torch.load` gives, as far as it is used."""
+
+  def __init__(self, array, dtype='float32', grad=False):
+    self.array, self.dtype, self.grad = array, dtype, grad
+
+  def detach(self):
+    """Returns it without what autograd knows."""
+    return Tensor(self.array, self.dtype)
+
+  def float(self):
+    """Returns it in float32."""
+    return Tensor(np.float32(self.array), 'float32', self.grad)
+
+  def numpy(self):
+    """Returns its array, or says what PyTorch says."""
+    if self.grad:
+      raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+    if self.dtype == 'bfloat16':
+      raise TypeError('Got unsupported ScalarType BFloat16')
+    return self.array
+
+
+def fake_torch(monkeypatch, found):
+  """Puts in PyTorch's place what loads `found`, or raises it."""
+
+  def load(path, map_location, weights_only):
+    assert map_location == 'cpu' and weights_only is True
+    if isinstance(found, Exception):
+      raise found
+    return found
+
+  monkeypatch.setitem(sys.modules, 'torch', types.SimpleNamespace(load=load))
+
+
+def test_tensors_of_a_pt_file(monkeypatch):
+  array = np.arange(3, dtype=np.float32)
+  state_dict = {
+    'plain': Tensor(array),
+    'trained': Tensor(array, grad=True),
+    'half': Tensor(array, 'bfloat16', grad=True),
+  }
+  fake_torch(
+    monkeypatch, {'model': {f'module.{k}': v for k, v in state_dict.items()}}
+  )
+  found = command.read('theirs.pt')
+  chex.assert_trees_all_equal(
+    found, dict.fromkeys(state_dict, array), strict=True
+  )
+
+
+def test_a_whole_module_is_one_clear_line(monkeypatch):
+  error = pickle.UnpicklingError('Weights only load failed.\n\nMany lines.')
+  fake_torch(monkeypatch, error)
+  with pytest.raises(
+    ValueError, match='such as a whole network: save '
+  ) as caught:
+    command.read('theirs.pt')
+  message = str(caught.value)
+  assert message.startswith(
+    'expected a state dict, tensors by name, in theirs.pt'
+  )
+  assert 'network.state_dict()' in message and '\n' not in message
+  fake_torch(monkeypatch, [1, 2])
+  with pytest.raises(ValueError, match='expected a state dict, .* got'):
+    command.read('theirs.pt')
+
+
+def test_bfloat16_comes_and_goes_as_float32(tmp_path):
+  half = jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)
+  command.write(tmp_path / 'ours.npz', {'half': np.asarray(half)})
+  (found,) = np.load(tmp_path / 'ours.npz').values()
+  np.testing.assert_array_equal(found, np.float32(half), strict=True)
+  np.savez(tmp_path / 'raw.npz', half=np.asarray(half))
+  (found,) = command.read(tmp_path / 'raw.npz').values()
+  np.testing.assert_array_equal(found, np.asarray(half), strict=True)
 
 
 def test_pt_file_without_torch(monkeypatch):

@@ -1,6 +1,9 @@
 """The data pipeline: splits, statistics, batches; resumed and shared out."""
 
+import dataclasses
 import itertools
+import json
+import multiprocessing
 
 import jax
 import ml_collections
@@ -20,6 +23,7 @@ def make_config(**fields):
       'dataset': 'npz',
       'data_path': None,
       'data_dir': None,
+      'num_classes': None,
       'batch_size': 4,
       'num_steps': 2,
       'seed': 0,
@@ -40,6 +44,11 @@ def make_source(count=10, size=3):
   images = np.zeros((count, size, size, 1), np.uint8)
   images[:, 0, 0, 0] = index + 1
   return sources.Arrays(images, index)
+
+
+def on_disk(source):
+  """The same examples as TFDS reads what is too large for the memory."""
+  return sources.Records(list(source), np.arange(len(source)))
 
 
 def take(batches, count):
@@ -103,6 +112,9 @@ def test_published_mean_and_std_win(npz_file):
   [
     ({'mean': (0.5,)}, 'must be 3 numbers'),
     ({'std': (1.0, 0.0, 1.0)}, 'std positive'),
+    ({'mean': (None,) * 3}, 'must be 3 numbers'),
+    ({'std': (1.0, 1.0, np.nan)}, 'must be 3 numbers'),
+    ({'num_classes': 3}, r'y_train must be in 0..2, got 3'),
     ({'validation_fraction': 1.0}, r'must be in \[0, 1\), got 1.0'),
     ({'validation_fraction': -0.1}, r'must be in \[0, 1\), got -0.1'),
     ({'validation_fraction': 0.01}, '0.01 of 20 examples is less than one'),
@@ -113,6 +125,55 @@ def test_published_mean_and_std_win(npz_file):
 def test_load_refuses(npz_file, fields, message):
   with pytest.raises(ValueError, match=message):
     data.load(make_config(data_path=npz_file, **fields))
+
+
+def test_num_classes_are_more_than_the_data_show(npz_file):
+  config = make_config(data_path=npz_file, num_classes=9)
+  assert data.load(config).num_classes == 9
+
+
+def test_tfds_knows_its_classes(tmp_path):
+  config = make_config(dataset='digits', data_dir=str(tmp_path), num_classes=10)
+  assert data.load(config).num_classes == 10
+  config.num_classes = 9
+  with pytest.raises(
+    ValueError, match='num_classes must be 10 or None .*got 9'
+  ):
+    data.load(config)
+
+
+def test_description_tells_other_data_of_the_same_shape(npz_file):
+  config = make_config(data_path=npz_file, validation_fraction=0.2)
+  dataset = data.load(config)
+  facts = data.describe(dataset)
+  assert facts == json.loads(json.dumps(facts))
+  assert facts == data.describe(data.load(config))
+  assert facts['num_examples'] == {'train': 16, 'validation': 4, 'test': 6}
+  assert (facts['dtype'], facts['num_classes']) == ('uint8', 4)
+
+  def changed(**arrays):
+    other = dataset._replace(test=dataclasses.replace(dataset.test, **arrays))
+    return {
+      name for name, fact in data.describe(other).items() if fact != facts[name]
+    }
+
+  images, labels = dataset.test.images.copy(), dataset.test.labels
+  images[-1, -1, -1, -1] ^= 1
+  assert changed(images=images) == {'checksum'}
+  assert changed(labels=labels[::-1]) == {'checksum'}
+  assert changed(images=images[:5], labels=labels[:5]) == {
+    'checksum', 'num_examples'
+  }  # fmt: skip
+
+
+def test_examples_on_disk_are_told_apart_by_some():
+  rows = list(make_source(100))
+  index = np.arange(100)
+  one, same, other, fewer = (
+    sources.Records(rows, order).checksum()
+    for order in (index, index, index[::-1], index[:3])
+  )
+  assert one == same and len({one, other, fewer}) == 3
 
 
 @pytest.mark.parametrize('num_steps', [2, 3])
@@ -264,18 +325,43 @@ def test_augmentation_does_not_depend_on_the_batch_size():
 
 
 def test_workers_change_nothing():
-  flags.FLAGS.mark_as_parsed()  # As absl's app.run does in a real job.
-  source = make_source()
+  flags.FLAGS.unparse_flags()  # As in a notebook or a script.
+  source = on_disk(make_source())
 
   def both(num_workers):
     config = make_config(
       num_workers=num_workers, augment=('roll:1', 'cutout:1')
     )
     training = take(data.train_batches(source, config, start_step=1), 5)
-    return training, list(data.eval_batches(source, config, batch_size=4))
+    (tested,) = data.eval_batches([source], config, batch_size=4)
+    return training, list(tested)
 
   for ours, theirs in zip(both(0), both(2), strict=True):
     assert_same(ours, theirs)
+
+
+def test_evaluations_share_their_workers():
+  small, large = on_disk(make_source(5)), on_disk(make_source(9))
+  evaluations = data.eval_batches(
+    [small, small, large], make_config(num_workers=2), batch_size=4
+  )
+  others, processes = multiprocessing.active_children(), []
+  for count in 5, 5, 9:
+    batches = list(next(evaluations))
+    assert len(batches) == -(-count // 4)
+    seen = np.concatenate([batch['label'][batch['mask']] for batch in batches])
+    np.testing.assert_array_equal(seen, np.arange(count))
+    processes.append(set(multiprocessing.active_children()).difference(others))
+  assert len(processes[0]) == 2 and processes == processes[:1] * 3
+
+
+def test_evaluations_from_memory_have_no_workers():
+  others = multiprocessing.active_children()
+  (batches,) = data.eval_batches(
+    [make_source()], make_config(num_workers=2), batch_size=4
+  )
+  assert len(list(batches)) == 3
+  assert multiprocessing.active_children() == others
 
 
 @settings(deadline=None)
@@ -283,15 +369,17 @@ def test_workers_change_nothing():
 def test_evaluation_covers_every_example_once(count, per_host, num_hosts):
   source = make_source(count)
   hosts = [
-    list(
-      data.eval_batches(
-        source,
+    [
+      batch
+      for batches in data.eval_batches(
+        [source],
         make_config(),
         batch_size=per_host * num_hosts,
         host=host,
         num_hosts=num_hosts,
       )
-    )
+      for batch in batches
+    ]
     for host in range(num_hosts)
   ]
   assert len({len(batches) for batches in hosts}) == 1
@@ -307,7 +395,8 @@ def test_evaluation_covers_every_example_once(count, per_host, num_hosts):
 
 
 def test_evaluation_keeps_the_order():
-  batches = list(data.eval_batches(make_source(6), make_config(), batch_size=4))
+  (batches,) = data.eval_batches([make_source(6)], make_config(), batch_size=4)
+  batches = list(batches)
   np.testing.assert_array_equal(batches[0]['label'], [0, 1, 2, 3])
   np.testing.assert_array_equal(batches[1]['label'][:2], [4, 5])
   np.testing.assert_array_equal(batches[1]['mask'], [True, True, False, False])
@@ -318,4 +407,4 @@ def test_batches_must_divide_among_hosts():
   with pytest.raises(ValueError, match='multiple of 3 hosts, got 4'):
     data.train_batches(source, make_config(), num_hosts=3)
   with pytest.raises(ValueError, match='multiple of 1 hosts, got 0'):
-    data.eval_batches(source, make_config(), batch_size=0)
+    data.eval_batches([source], make_config(), batch_size=0)

@@ -134,6 +134,22 @@ def test_npz_num_classes(tmp_path):
     npz.read(path, 4)
 
 
+def test_npz_of_test_data_alone(tmp_path):
+  x, y = np.full((2, 4, 5), 0.5), np.array([2, 0])
+  path = saved(tmp_path, x_train=None, y_train=None, x_test=x, y_test=y)
+  images, labels = npz.read_test(path, 3)
+  np.testing.assert_array_equal(images, x[..., None])
+  np.testing.assert_array_equal(labels, y)
+  assert (images.dtype, labels.dtype) == (np.float32, np.int32)
+  with pytest.raises(
+    ValueError, match=rf'{path}: y_test must be in 0\.\.1, go'
+  ):
+    npz.read_test(path, 2)
+  path = saved(tmp_path, x_train=None, y_train=None, y_test=None)
+  with pytest.raises(ValueError, match='expected y_test as well, found x_test'):
+    npz.read_test(path, 3)
+
+
 def floats(value):
   x = np.zeros((6, 4, 5, 3))
   x[3, 1, 2, 0] = value
@@ -243,6 +259,7 @@ def imagenet_config(data_dir, **fields):
     {
       'dataset': 'imagenet2012',
       'data_dir': str(data_dir),
+      'num_classes': None,
       'batch_size': 2,
       'num_steps': 2,
       'seed': 0,
@@ -277,9 +294,8 @@ def test_imagenet_stays_on_disk(tmp_path):
   assert sorted(labels[0] + labels[1]) == list(range(8))
   assert sorted(labels[2]) == [8, 9, 10, 11]
   batches = data.train_batches(dataset.train, config)
-  for batch in [next(batches) for _ in range(4)] + list(
-    data.eval_batches(dataset.test, config, batch_size=3)
-  ):
+  (tested,) = data.eval_batches([dataset.test], config, batch_size=3)
+  for batch in [next(batches) for _ in range(4)] + list(tested):
     assert batch['image'].dtype == np.uint8
     assert batch['label'].dtype == np.int32
     np.testing.assert_allclose(

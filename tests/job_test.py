@@ -14,7 +14,8 @@ import time
 import numpy as np
 import pytest
 
-from train import checkpoints, metrics
+from tests import tiny
+from train import checkpoints, evaluate, lock, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (
@@ -31,17 +32,8 @@ TINY = (
 
 @pytest.fixture(scope='module')
 def npz(tmp_path_factory):
-  """Images of three classes that can be told apart, in a file."""
-  rng = np.random.default_rng(0)
-  arrays = {}
-  for split, count in ('train', 128), ('test', 21):
-    labels = np.arange(count) % 3
-    images = rng.integers(0, 120, (count, 8, 8))
-    images[np.arange(count), labels * 3] += 120
-    arrays |= {f'x_{split}': images.astype(np.uint8), f'y_{split}': labels}
   path = tmp_path_factory.mktemp('data') / 'data.npz'
-  np.savez(path, **arrays)
-  return f'--config.data_path={path}'
+  return f'--config.data_path={tiny.save(path, train=128, test=21)}'
 
 
 def start(command, *args, **environment):
@@ -128,6 +120,81 @@ def test_evaluate_takes_the_best_and_other_splits(finished):
   assert 'chosen on the validation split' in out.splitlines()[0]
 
 
+def test_evaluate_needs_no_more_than_a_test_split(finished, tmp_path):
+  workdir, *_ = finished
+  data_path = metrics.read_json(workdir / 'config.json')['data_path']
+  arrays = dict(np.load(data_path))
+  new = {name: arrays[name][:9] for name in ('x_test', 'y_test')}
+  new['y_test'] = new['y_test'] % 2  # Without the last class.
+  found = evaluated(workdir, tmp_path, **new)
+  # What the whole file says of the same images.
+  expected = evaluated(workdir, tmp_path, **arrays | new)
+  assert found == expected and found['num_examples'] == 9
+
+  for change, message in (
+    ({'y_test': new['y_test'] + 2}, r'y_test must be in 0\.\.2, got 3'),
+    (
+      {'x_test': new['x_test'][:, 1:]},
+      r'with example_shape \[8, 8, 1\], got \[7, 8, 1\]',
+    ),
+    ({'x_test': new['x_test'] / 255}, 'with dtype uint8, got float32'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      evaluated(workdir, tmp_path, **new | change)
+
+
+def evaluated(workdir, folder, **arrays):
+  np.savez(folder / 'new.npz', **arrays)
+  return evaluate.evaluate(workdir, data_path=str(folder / 'new.npz'))
+
+
+def test_evaluate_takes_splits_of_other_data(finished, tmp_path):
+  workdir, *_ = finished
+  few = tiny.save(tmp_path / 'few.npz', train=5, test=2)
+  found = evaluate.evaluate(workdir, split='train', data_path=few)
+  assert found['num_examples'] == 4  # A quarter of five is held out.
+
+
+def test_evaluate_does_not_take_changed_data_for_the_runs(
+  finished, npz, tmp_path
+):
+  workdir, *_ = finished
+  path = pathlib.Path(npz.split('=')[1])
+  whole = path.read_bytes()
+  arrays = dict(np.load(path))
+  try:
+    np.savez(path, **arrays | {'x_test': arrays['x_test'][::-1]})
+    with pytest.raises(ValueError, match='test differs .*: choose --data_path'):
+      evaluate.evaluate(workdir)
+    assert evaluate.evaluate(workdir, data_path=str(path))['num_examples'] == 21
+  finally:
+    path.write_bytes(whole)
+
+
+def test_what_an_error_recommends_can_be_given(npz, tmp_path):
+  data_path = npz.split('=')[1]
+  arrays = dict(np.load(data_path))
+  arrays['y_train'] = arrays['y_train'] * 2
+  np.savez(tmp_path / 'gaps.npz', **arrays)
+  gaps = f'--config.data_path={tmp_path / "gaps.npz"}'
+  narrow = (flag for flag in TINY if 'model_args' not in flag)
+  command = ('plan', *narrow, '--devices=1', '--nocompile', '--json')
+  assert fail(*command, gaps).endswith(
+    'without gaps, or set config.num_classes'
+  )
+  given = (
+    '--config.num_classes=7',
+    '--config.mean=0.5',
+    '--config.std=0.25',
+    "--config.augment='random_crop:1','flip'",
+    "--config.model_args={'stages': ((4,),), 'alpha': 0.5}",
+  )
+  found = json.loads(run(*command, gaps, *given)[0])
+  assert (found['num_classes'], found['num_examples']) == (7, 96)
+  line = fail(*command, npz, '--config.model_args.alpha=0.5')
+  assert line == "error: expected a field of the config, got 'alpha'"
+
+
 def test_evaluate_prints_tables(finished):
   workdir, *_ = finished
   out, _ = run('evaluate', f'--workdir={workdir}', '--split=train')
@@ -151,6 +218,31 @@ def test_the_same_command_again_says_that_the_run_is_finished(finished, npz):
   assert 'is finished' in out.splitlines()[0]
   assert 'is finished' not in first
   assert (workdir / 'metrics.jsonl').read_text() == before
+
+
+def test_a_run_in_use_is_read_and_not_touched(finished, npz):
+  workdir, *_ = finished
+  half_written = (
+    checkpoints.directory(workdir, 'latest') / '99.orbax-checkpoint-tmp'
+  )
+  half_written.mkdir()
+
+  def files():
+    return {
+      path: path.stat().st_mtime_ns
+      for path in workdir.rglob('*')
+      if not path.is_relative_to(workdir / 'compiled')
+    }
+
+  with lock.hold(workdir):
+    before = files()
+    line = fail('main', *TINY, npz, f'--workdir={workdir}')
+    assert line.startswith(f'error: {workdir} is in use by process')
+    assert 'accuracy' in run('evaluate', f'--workdir={workdir}')[0]
+    assert files() == before
+    assert 'report.html' in run('report', f'--workdir={workdir}')[0]
+    assert files().keys() == before.keys()
+  half_written.rmdir()
 
 
 def test_another_config_is_one_line(finished, npz):
@@ -182,7 +274,7 @@ def test_what_is_wrong_is_one_line(npz, tmp_path, argument, message):
   assert process.returncode == 1
   assert out == '' and 'Traceback' not in err
   assert [line for line in err.splitlines() if re.search(message, line)]
-  assert list(tmp_path.iterdir()) == []
+  assert [path.name for path in tmp_path.iterdir()] in ([], ['lock'])
 
 
 def test_commands_without_a_run_are_one_line(tmp_path):
@@ -191,6 +283,15 @@ def test_commands_without_a_run_are_one_line(tmp_path):
   message = 'error: expected a run with a latest checkpoint in '
   assert fail('evaluate', f'--workdir={tmp_path}').startswith(message)
   assert fail('report', f'--workdir={tmp_path}').startswith('error: expected a')
+
+
+def test_a_file_in_the_place_of_the_workdir_is_one_line(npz, tmp_path):
+  workdir = f'--workdir={tmp_path / "file"}'
+  (tmp_path / 'file').touch()
+  line = fail('main', *TINY, npz, workdir)
+  assert line.startswith('error: expected a workdir that can be written, got')
+  for command in 'evaluate', 'report':
+    assert fail(command, workdir).startswith('error: expected a run with ')
 
 
 @pytest.mark.parametrize('command', ['main', 'seeds', 'evaluate', 'report'])

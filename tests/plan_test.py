@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import digits, digits_dvs
-from train import data, loop, plan
+from train import data, plan
+from train import step as step_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -263,11 +264,11 @@ def test_the_step_is_the_one_that_trains(tmp_path):
   config = tiny(data_dir=str(tmp_path))
   dataset = data.load(config)
   step, state, batch = plan.create_train_step(config, plan.load(config))
-  real, run = loop.create_train_step(config, loop.describe(dataset), 80)
+  real, run = step_lib.create_train_step(config, data.describe(dataset), 80)
   like = jax.tree.map(lambda x: (x.shape, x.dtype), (real, state))
   assert like[0] == like[1]
   batches = data.train_batches(dataset.train, config)
-  first = next(loop.on_devices(batches))
+  first = next(step_lib.on_devices(batches))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), first) == jax.tree.map(
     lambda x: (x.shape, x.dtype), batch
   )

@@ -81,26 +81,14 @@ def restore(workdir, which='latest', repair=False):
     ValueError: there are checkpoints, but not an intact one.
   """
   folder = directory(workdir, which)
-  if not folder.is_dir():
-    return None
-  damaged = []
-  with manager(workdir, which, tidy=repair) as open_manager:
-    for step in sorted(open_manager.all_steps(), reverse=True):
-      try:
-        state, info = _read(open_manager, step)
-      except Exception as error:  # What Orbax raises depends on what was hit.
-        reason = repr(error)[:200]
-        logging.warning('Damaged checkpoint %s/%d: %s', folder, step, reason)
-        damaged.append(step)
-        continue
-      for step in damaged if repair else ():
-        open_manager.delete(step)
-      return state, info
-  if damaged:
-    raise ValueError(
-      f'expected an intact checkpoint in {folder}, got damaged ones only '
-      f'(steps {damaged}); remove the folder to start over'
-    )
+  while folder.is_dir():
+    seen = set(folder.iterdir())
+    try:
+      return _newest(workdir, which, repair)
+    except (FileNotFoundError, ValueError):
+      if seen == set(folder.iterdir()):
+        raise
+      # A run that goes on has replaced what was being read.
   return None
 
 
@@ -111,6 +99,28 @@ def checksum(state, info):
     crc = zlib.crc32(f'{name} {array.dtype} {array.shape}'.encode(), crc)
     crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view('u1'), crc)
   return crc
+
+
+def _newest(workdir, which, repair):
+  damaged = []
+  with manager(workdir, which, tidy=repair) as open_manager:
+    for step in sorted(open_manager.all_steps(), reverse=True):
+      try:
+        state, info = _read(open_manager, step)
+      except Exception as error:  # What Orbax raises depends on what was hit.
+        path = directory(workdir, which) / str(step)
+        logging.warning('Damaged checkpoint %s: %s', path, repr(error)[:200])
+        damaged.append(step)
+        continue
+      for step in damaged if repair else ():
+        open_manager.delete(step)
+      return state, info
+  if damaged:
+    raise ValueError(
+      f'expected an intact checkpoint in {directory(workdir, which)}, got '
+      f'damaged ones only (steps {damaged}); remove the folder to start over'
+    )
+  return None
 
 
 def _read(manager, step):

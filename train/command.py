@@ -47,7 +47,7 @@ def run(main, *required):
   def guarded(_):
     try:
       main()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
       logging.debug('', exc_info=True)
       end(error)
 
@@ -60,5 +60,7 @@ def end(error):
   """Ends the process with an error in one line."""
   while error.args and isinstance(error.args[0], Exception):
     error = error.args[0]
-  message = error.args[0] if isinstance(error, KeyError) else error
-  sys.exit(f'error: {" ".join(str(message).split())}')
+  message = str(error)
+  if isinstance(error, KeyError):
+    message = f'expected a field of the config, got {error.args[0]}'
+  sys.exit(f'error: {" ".join(message.split())}')

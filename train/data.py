@@ -6,12 +6,16 @@ that uint8 images cross to the device as bytes; `normalize` belongs into the
 compiled step.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from train import augment
 from train.datasets import sources
@@ -41,6 +45,7 @@ def load(config):
     config: `dataset` is `'npz'`, then `data_path` is the file (see
       `train/datasets/npz.py`), or the name of a TFDS dataset, kept in
       `data_dir` (None: where TFDS keeps them) and prepared there if need be.
+      `num_classes`, where not None, is for arrays that do not show them all.
       `validation_fraction` of the training split is held out by `seed`. `mean`
       and `std`, where not None, replace those of the training part;
       `normalize=False` makes them 0 and 1.
@@ -50,16 +55,42 @@ def load(config):
   """
   if config.dataset == 'npz':
     train, test, num_classes = sources.from_npz(
-      config.data_path, config.get('num_classes')
+      config.data_path, config.num_classes
     )
   else:
     train, test, num_classes = sources.from_tfds(
       config.dataset, config.data_dir
     )
+    if config.num_classes not in (None, num_classes):
+      raise ValueError(
+        f'config.num_classes must be {num_classes} or None for '
+        f'{config.dataset}, got {config.num_classes}'
+      )
   shape = example_shape(train, test, config)
   train, validation = split(train, config.validation_fraction, config.seed)
   mean, std = statistics(train, config)
   return Dataset(train, validation, test, shape, num_classes, mean, std)
+
+
+def describe(dataset):
+  """What inference and a resumed run need to know of the data.
+
+  Kept in checkpoints. The checksums tell other data of the same shape.
+  """
+  splits = {
+    name: getattr(dataset, name)
+    for name in ('train', 'validation', 'test')
+    if getattr(dataset, name) is not None
+  }
+  return {
+    'num_classes': int(dataset.num_classes),
+    'example_shape': [int(size) for size in dataset.example_shape],
+    'dtype': dataset.train[0]['image'].dtype.name,
+    'mean': dataset.mean.tolist(),
+    'std': dataset.std.tolist(),
+    'num_examples': {name: len(source) for name, source in splits.items()},
+    'checksum': {name: source.checksum() for name, source in splits.items()},
+  }
 
 
 def example_shape(train, test, config):
@@ -129,7 +160,9 @@ def statistics(source, config):
     mean = measured[0] if mean is None else mean
     std = measured[1] if std is None else std
   mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-  if mean.shape != (channels,) or std.shape != (channels,) or min(std) <= 0:
+  if not mean.shape == std.shape == (channels,) or not (
+    np.isfinite([mean, std]).all() and min(std) > 0
+  ):
     raise ValueError(
       f'config.mean and config.std must be {channels} numbers, one a channel, '
       f'std positive, got {mean} and {std}'
@@ -173,6 +206,11 @@ def steps_per_epoch(dataset, config):
   return len(dataset.train) // config.batch_size
 
 
+def this_host():
+  """Which part of every batch this process reads."""
+  return {'host': jax.process_index(), 'num_hosts': jax.process_count()}
+
+
 def train_batches(source, config, *, start_step=0, host=0, num_hosts=1):
   """Yields shuffled and augmented batches without end.
 
@@ -207,35 +245,50 @@ def train_batches(source, config, *, start_step=0, host=0, num_hosts=1):
   return iter(_read_ahead(batches, config.num_workers))
 
 
-def eval_batches(source, config, *, batch_size, host=0, num_hosts=1):
-  """Yields every example once, in order, the last batch filled up and masked.
+def eval_batches(sources, config, *, batch_size, host=0, num_hosts=1):
+  """Yields for each source an iterator over its batches.
+
+  A source's batches hold every example once, in order, the last batch filled up
+  and masked. They are to be read before the next source's: the same readers go
+  on with those. Worker processes read only what stays on disk; a thread is
+  faster than they where nothing is left to do but to stack arrays.
 
   Args:
-    source: examples.
+    sources: a list; of examples, each, and the same one as often as it is to be
+      read.
     config: `augment` (for the size of a crop), `num_workers`.
     batch_size: global.
     host: this host's index.
     num_hosts: how many hosts share a batch.
 
   Returns:
-    An iterator of `{'image': [b, ...], 'label': [b], 'mask': [b]}`,
-    `b = batch_size // num_hosts`, as many on every host; `mask` is False where
-    the last example fills the batch.
+    An iterator of iterators over `{'image': [b, ...], 'label': [b], 'mask':
+    [b]}`, `b = batch_size // num_hosts`, as many on every host; `mask` is False
+    where the last example fills the batch.
   """
   per_host = _per_host(batch_size, num_hosts)
-  last = len(source) - 1
+  counts = [-(-len(source) // batch_size) for source in sources]
   transform = augment.evaluation(config.augment)
 
-  def example(index):
+  def example(source, index):
+    last = len(source) - 1
     return transform(source[min(index, last)]) | {'mask': index <= last}
 
   batches = (
-    grain.MapDataset.range(-(-len(source) // batch_size) * batch_size)
-    .map(example)
+    grain.MapDataset.concatenate(
+      [
+        grain.MapDataset.range(count * batch_size).map(
+          functools.partial(example, source)
+        )
+        for source, count in zip(sources, counts, strict=True)
+      ]
+    )
     .slice(slice(host, None, num_hosts))
     .batch(per_host)
   )
-  return iter(_read_ahead(batches, config.num_workers))
+  in_memory = all(hasattr(source, 'images') for source in sources)
+  batches = iter(_read_ahead(batches, 0 if in_memory else config.num_workers))
+  return (itertools.islice(batches, count) for count in counts)
 
 
 def _per_host(batch_size, num_hosts):
@@ -253,6 +306,8 @@ def _read_ahead(batches, num_workers):
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   batches = batches.to_iter_dataset(options)
   if num_workers:
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # Grain reads its own; a notebook has none.
     options = grain.MultiprocessingOptions(num_workers=num_workers)
     batches = batches.mp_prefetch(options)
   return batches

@@ -10,7 +10,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from train import checkpoints, command, data, loop
+from train import augment, checkpoints, command, data, settings
+from train import step as step_lib
+from train.datasets import npz, sources
 
 CHECKPOINT = flags.DEFINE_enum(
   'checkpoint', 'latest', ['latest', 'best'], 'Which state of the run.'
@@ -19,7 +21,9 @@ SPLIT = flags.DEFINE_enum(
   'split', 'test', ['train', 'validation', 'test'], 'Which examples.'
 )
 DATA_PATH = flags.DEFINE_string(
-  'data_path', None, 'The .npz file, if not the one of the run.'
+  'data_path',
+  None,
+  'An .npz file of other data; for the test split, x_test and y_test will do.',
 )
 flags.declare_key_flag('json')
 
@@ -37,27 +41,43 @@ def evaluate(workdir, checkpoint='latest', split='test', data_path=None):
     )
   state, info = found
   config, facts = ConfigDict(info['config']), info['data']
+  # Whatever the data are, the network takes them as it was trained to.
+  config.update({name: facts[name] for name in ('num_classes', 'mean', 'std')})
   if data_path:
-    config.data_path = data_path
-  dataset = data.load(config)
-  for name in ('example_shape', 'num_classes'):
-    expected, got = facts[name], loop.describe(dataset)[name]
-    if got != expected:
-      raise ValueError(f'expected data with {name} {expected}, got {got}')
-  if getattr(dataset, split) is None:
-    raise ValueError('expected a split of the run, got validation: it has none')
+    config.update(dataset='npz', data_path=data_path)
   # The run may have had other devices; what is too much is masked.
   config.batch_size += -config.batch_size % jax.device_count()
+  settings.check(config)
+  if data_path and split == 'test':
+    source = sources.Arrays(*npz.read_test(data_path, config.num_classes))
+  else:
+    dataset = data.load(config)
+    source = getattr(dataset, split)
+    if source is None:
+      raise ValueError(
+        'expected a split of the run, got validation: it has none'
+      )
+    if not data_path:
+      settings.check_unchanged(
+        info, 'data', data.describe(dataset), '--data_path for other data'
+      )
+  image = augment.evaluation(config.augment)(source[0])['image']
+  for name, got in (
+    ('example_shape', list(image.shape)),
+    ('dtype', image.dtype.name),
+  ):
+    if (expected := facts.get(name, got)) != got:
+      raise ValueError(f'expected data with {name} {expected}, got {got}')
+  batches = data.eval_batches([source], config, batch_size=config.batch_size)
   return {
     'checkpoint': checkpoint,
     'step': info['step'],
     'split': split,
     'selected_on': info['best'] and config.select_on,
-    **loop.evaluate(
-      loop.compiled(loop.create_eval_step(config, facts)),
+    **step_lib.evaluate(
+      step_lib.compiled(step_lib.create_eval_step(config, facts)),
       {name: state[name] for name in ('params', 'batch_stats')},
-      getattr(dataset, split),
-      config,
+      next(batches),
     ),
   }
 

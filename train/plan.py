@@ -21,7 +21,8 @@ import tensorflow_datasets as tfds
 from absl import flags
 from jax.extend.core import jaxprs_in_params
 
-from train import command, data, loop
+from train import command, data, settings
+from train import step as step_lib
 from train.datasets import sources
 
 DEVICES = flags.DEFINE_integer(
@@ -78,14 +79,14 @@ def create_train_step(config, dataset):
   """Returns the job's training step, and the shapes of what it takes.
 
   Returns:
-    `(step, state, batch)`: the mapped function of `train/loop.py`, and its
+    `(step, state, batch)`: the mapped function of `train/step.py`, and its
     arguments as `jax.ShapeDtypeStruct`s; nothing is computed.
   """
   steps = []
 
   def create():
-    state, step = loop.create_train_step(
-      config, loop.describe(dataset), data.steps_per_epoch(dataset, config)
+    state, step = step_lib.create_train_step(
+      config, data.describe(dataset), data.steps_per_epoch(dataset, config)
     )
     steps.append(step)
     return state
@@ -181,18 +182,18 @@ def plan(config, memory=24, compile=True):
   Raises:
     ValueError: what `loop.train` raises before its first step.
   """
-  loop.check(config)
+  settings.check(config)
   dataset = load(config)
-  model = loop.create_model(config, dataset.num_classes)
+  model = step_lib.create_model(config, dataset.num_classes)
   step, state, batch = create_train_step(config, dataset)
   num_devices = jax.device_count()
   steps_per_epoch = data.steps_per_epoch(dataset, config)
   image = batch['image'].update(shape=(1, *dataset.example_shape))
   inference = jax.make_jaxpr(
     lambda variables, image: model.apply(
-      variables, loop.prepare(image, 0.0, 1.0), train=False
+      variables, step_lib.prepare(image, 0.0, 1.0), train=False
     )
-  )(loop.variables(state), image)
+  )(step_lib.variables(state), image)
   training = jax.make_jaxpr(step)(state, batch)  # What one device does.
   result = {
     'model': config.model,
@@ -214,7 +215,7 @@ def plan(config, memory=24, compile=True):
   }
   if compile:
     print(f'compiling for {num_devices} devices ...', file=sys.stderr)
-    compiled = loop.compile_step(step.lower(state, batch))
+    compiled = step_lib.compile_step(step.lower(state, batch))
     sizes = collectives(compiled.as_text())
     parts = {
       'state_bytes': tree_bytes(state),

@@ -1,12 +1,11 @@
 """Users' own arrays: one `.npz` file with both splits."""
 
+import contextlib
 import os
 import zipfile
 import zlib
 
 import numpy as np
-
-NAMES = ('x_train', 'y_train', 'x_test', 'y_test')
 
 
 def read(path, num_classes=None):
@@ -26,18 +25,16 @@ def read(path, num_classes=None):
   Raises:
     ValueError: naming what was expected and what the file has.
   """
-  path = os.path.expanduser(path or '')
-  try:
-    x_train, y_train, x_test, y_test = _arrays(path)
-    x_train, x_test = _images('x_train', x_train), _images('x_test', x_test)
+  with _named(path) as path:
+    arrays = _arrays(path, ('x_train', 'y_train', 'x_test', 'y_test'))
+    x_train, y_train = _split(arrays, 'train')
+    x_test, y_test = _split(arrays, 'test')
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
       raise ValueError(
         'x_train and x_test must agree, got '
         f'{x_train.shape[1:]} {x_train.dtype} and '
         f'{x_test.shape[1:]} {x_test.dtype}'
       )
-    y_train = _labels('y_train', y_train, len(x_train))
-    y_test = _labels('y_test', y_test, len(x_test))
     if num_classes is None:
       num_classes = int(y_train.max()) + 1
       if (found := len(np.unique(y_train))) < num_classes:
@@ -45,35 +42,57 @@ def read(path, num_classes=None):
           f'y_train goes up to {num_classes - 1} but has {found} classes only: '
           'number them from 0 without gaps, or set config.num_classes'
         )
-    for name, labels in ('y_train', y_train), ('y_test', y_test):
-      if labels.max() >= num_classes:
-        raise ValueError(
-          f'{name} must be in 0..{num_classes - 1}, got {labels.max()}'
-        )
+    y_train = _below(num_classes, 'y_train', y_train)
+    y_test = _below(num_classes, 'y_test', y_test)
+  return x_train, y_train, x_test, y_test, num_classes
+
+
+def read_test(path, num_classes):
+  """Reads and checks `x_test` and `y_test` alone, as `read` does.
+
+  Returns:
+    `(x_test, y_test)`.
+  """
+  with _named(path) as path:
+    x, y = _split(_arrays(path, ('x_test', 'y_test')), 'test')
+    return x, _below(num_classes, 'y_test', y)
+
+
+@contextlib.contextmanager
+def _named(path):
+  """Yields the file's path, and names it in what is wrong with it."""
+  path = os.path.expanduser(path or '')
+  try:
+    yield path
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
-  labels = (y_train.astype(np.int32), y_test.astype(np.int32))
-  return x_train, labels[0], x_test, labels[1], num_classes
 
 
-def _arrays(path):
-  """Returns the four arrays of the file as they are."""
+def _arrays(path, names):
+  """Returns arrays of the file as they are, by name."""
   if not os.path.isfile(path):
     raise ValueError(
       'config.data_path is not a file; expected an .npz file with '
-      + ', '.join(NAMES)
+      + ', '.join(names)
     )
   try:
     with open(path, 'rb') as file, np.load(file) as arrays:
-      missing = [name for name in NAMES if name not in arrays]
+      missing = [name for name in names if name not in arrays]
       if not missing:
-        return [arrays[name] for name in NAMES]
+        return {name: arrays[name] for name in names}
       found = ', '.join(arrays) or 'nothing'
   except (OSError, EOFError, TypeError, AttributeError, ValueError) as error:
     raise ValueError(f'not a whole .npz file of arrays: {error}') from error
   except (zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(f'not a whole .npz file of arrays: {error}') from error
   raise ValueError(f'expected {", ".join(missing)} as well, found {found}')
+
+
+def _split(arrays, split):
+  """Returns images and labels of a split, each checked by itself."""
+  x, y = f'x_{split}', f'y_{split}'
+  images = _images(x, arrays.pop(x))  # Not to hold what it was made of.
+  return images, _labels(y, arrays[y], len(images))
 
 
 def _images(name, images):
@@ -107,3 +126,12 @@ def _labels(name, labels, count):
   if labels.min() < 0:
     raise ValueError(f'{name} must not be negative, got {labels.min()}')
   return labels
+
+
+def _below(num_classes, name, labels):
+  """Returns labels as int32, none of them too large."""
+  if labels.max() >= num_classes:
+    raise ValueError(
+      f'{name} must be in 0..{num_classes - 1}, got {labels.max()}'
+    )
+  return labels.astype(np.int32)

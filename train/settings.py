@@ -1,0 +1,98 @@
+"""What a config may say, and what a resumed run may say anew."""
+
+import json
+import math
+
+import jax
+from flax import traverse_util
+
+CHOICES = {
+  'cosine_per': ('step', 'epoch'),
+  'dtype': ('float32', 'bfloat16', 'float64'),
+  'loss': ('cross_entropy', 'tet'),
+  'optimizer': ('sgd', 'adamw'),
+  'select_on': ('validation', 'test'),
+}
+POSITIVE = (
+  'num_epochs', 'batch_size', 'num_steps', 'learning_rate', 'log_every',
+)  # fmt: skip
+NOT_NEGATIVE = (
+  'momentum', 'weight_decay', 'grad_clip_norm', 'label_smoothing',
+  'num_workers', 'seed',
+)  # fmt: skip
+OTHERS = (
+  'augment', 'data_dir', 'data_path', 'dataset', 'mean', 'method', 'model',
+  'model_args', 'neuron', 'normalize', 'num_classes', 'profile', 'std',
+  'validation_fraction', 'warmup_epochs',
+)  # fmt: skip
+# What may differ when a run is resumed; anything else would be another run.
+FREE = (
+  'config.data_dir', 'config.data_path', 'config.log_every',
+  'config.num_workers', 'config.profile',
+)  # fmt: skip
+
+
+def check(config):
+  """Raises a `ValueError` for a setting that is missing or out of its range."""
+  expected = {*CHOICES, *POSITIVE, *NOT_NEGATIVE, *OTHERS}
+  if missing := expected.difference(config):
+    raise ValueError(
+      f'expected a config with {", ".join(sorted(missing))}, as '
+      'configs/digits.py has them, got none'
+    )
+  fields = traverse_util.flatten_dict(config.to_dict(), sep='.')
+  for name, value in fields.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f'config.{name} must be finite, got {value}')
+  for name, choices in CHOICES.items():
+    if config[name] not in choices:
+      raise ValueError(
+        f'config.{name} must be one of {", ".join(choices)}, '
+        f'got {config[name]!r}'
+      )
+  for name in POSITIVE:
+    if not config[name] > 0:
+      raise ValueError(f'config.{name} must be positive, got {config[name]}')
+  for name in NOT_NEGATIVE:
+    if config[name] < 0:
+      raise ValueError(f'config.{name} must be 0 or more, got {config[name]}')
+  if not 0 <= config.warmup_epochs <= config.num_epochs:
+    raise ValueError(
+      f'config.warmup_epochs must be in [0, num_epochs = {config.num_epochs}], '
+      f'got {config.warmup_epochs}'
+    )
+  if config.data_path and config.dataset != 'npz':
+    raise ValueError(
+      "config.data_path is the file of config.dataset = 'npz', got "
+      f'{config.data_path!r} with config.dataset = {config.dataset!r}'
+    )
+  if config.dtype == 'float64' and not jax.config.jax_enable_x64:
+    raise ValueError(
+      'config.dtype = float64 needs JAX_ENABLE_X64=1 in the environment'
+    )
+  if config.batch_size % jax.device_count():
+    raise ValueError(
+      'config.batch_size must be a multiple of the number of devices, '
+      f'{jax.device_count()}, got {config.batch_size}'
+    )
+
+
+def check_unchanged(info, key, value, otherwise='another workdir'):
+  """Raises a `ValueError` naming what differs from the run of a checkpoint.
+
+  Args:
+    info: of the checkpoint. What it does not tell, being older, may be any.
+    key: what of it, `'config'` or `'data'`.
+    value: the same as it is now, a dict.
+    otherwise: what another run, or other data, would take.
+  """
+  expected, got = (
+    traverse_util.flatten_dict(json.loads(json.dumps({key: tree})), sep='.')
+    for tree in ({**value, **info.get(key, {})}, value)
+  )
+  for name in expected | got:
+    if name not in FREE and expected.get(name) != got.get(name):
+      raise ValueError(
+        f'{name} differs from the run in this workdir, expected '
+        f'{expected.get(name)!r}, got {got.get(name)!r}: choose {otherwise}'
+      )
