@@ -52,6 +52,8 @@ class Parameters(NamedTuple):
     width: the surrogate's base width, `kappa_0`.
     tdbn_scale: the scale of the tdBN that feeds the neuron, [C]; `mpd_agl`.
     norm: a `tdbn.Affine` that x is yet to go through; None for none.
+    gates: what the gradient on each of the `PATHS` into u is multiplied with,
+      [3]: 0 cuts it. None for 1.
   """
 
   decay: Any = 0.2
@@ -60,6 +62,7 @@ class Parameters(NamedTuple):
   width: Any = 1.0
   tdbn_scale: Any = None
   norm: tdbn.Affine | None = None
+  gates: Any = None
 
 
 class Running(NamedTuple):
@@ -92,20 +95,30 @@ class Record(NamedTuple):
       recorded.
     gradient_share: the share of (real) neurons inside the gradient window,
       `abs(u - theta) < width / 2`, or None if not recorded.
+    histogram: `statistics.histogram` of `u - theta`, or None if not recorded.
+    u: the membrane before the reset, [B, ...], or None if not recorded.
+    v: the membrane after it, likewise.
   """
 
   theta: jax.Array
   signal: jax.Array | None
   width: jax.Array
   statistics: statistics.Statistics | None
-  firing_rate: jax.Array | None
-  gradient_share: jax.Array | None
+  firing_rate: jax.Array | None = None
+  gradient_share: jax.Array | None = None
+  histogram: jax.Array | None = None
+  u: jax.Array | None = None
+  v: jax.Array | None = None
 
-  def scalars(self) -> dict[str, jax.Array]:
-    """All that was recorded, by name; the statistics as `mean` and `std`."""
-    named = self._asdict()
-    del named['signal']
-    return named | named.pop('statistics')._asdict()
+  def scalars(self) -> dict[str, Any]:
+    """The activity, by name; the statistics as `mean` and `std`."""
+    names = ('theta', 'width', 'firing_rate', 'gradient_share')
+    scalars = {name: getattr(self, name) for name in names}
+    return scalars | (self.statistics._asdict() if self.statistics else {})
+
+
+# What a `Record` may tell beside the levels.
+RECORDS = ('activity', 'histogram', 'membrane')
 
 
 class Settings(NamedTuple):
@@ -114,10 +127,10 @@ class Settings(NamedTuple):
   method: methods.Method
   surrogate: Callable
   reset: str
-  detach_reset: bool
+  cut: tuple[str, ...]
   axis_name: Any
   dtype: Any
-  record: bool
+  record: tuple[str, ...]
   at_rest: bool
 
 
@@ -148,21 +161,28 @@ def scanned(scan, settings, x, v, t, parameters, running, mask):
     t, x, running, mask = inputs
     u = parameters.decay * v + x
     measured = None
-    if settings.record or (
+    if 'activity' in settings.record or (
       running is None
       and (is_measured(method.threshold) or is_measured(method.signal))
     ):
       measured = statistics.measure(u, settings.axis_name, mask)
     theta, signal, width = levels(method, measured, running, parameters, t)
-    spikes, v = fire(settings, u, theta, width, parameters)
-    shares = (None, None)
-    if settings.record:
+    spikes, v = fire(settings, (u, u, u), theta, width, parameters)
+    record = Record(theta, signal, width, measured)
+    pooled = {'axis_name': settings.axis_name, 'mask': mask}
+    if 'activity' in settings.record:
       inside = jnp.abs(u - theta) < width / 2
-      shares = [
-        _share(a, settings.axis_name, mask, u.dtype)
-        for a in (spikes != 0, inside)
-      ]
-    return v, (spikes, Record(theta, signal, width, measured, *shares))
+      record = record._replace(
+        firing_rate=statistics.share(spikes != 0, dtype=u.dtype, **pooled),
+        gradient_share=statistics.share(inside, dtype=u.dtype, **pooled),
+      )
+    if 'histogram' in settings.record:
+      record = record._replace(
+        histogram=statistics.histogram(u - theta, **pooled)
+      )
+    if 'membrane' in settings.record:
+      record = record._replace(u=u, v=v)
+    return v, (spikes, record)
 
   inputs = (timesteps(t, x), presynaptic(x, parameters), running, mask)
   v, (spikes, record) = scan(body, v, inputs)
@@ -210,23 +230,36 @@ RESETS = {
 }
 
 
+# The ways of a gradient into u[t]: through this step's spike, through the next
+# membrane, and through the reset by this step's spike.
+PATHS = ('spatial', 'leak', 'reset')
+
+
 def fire(settings, u, theta, width, parameters):
-  """Spikes, and the membrane after the reset."""
-  x = u - theta
-  # Not a number where x is infinite or undefined, else nothing.
-  spikes = settings.surrogate(x, width) + lax.stop_gradient(x - x)
-  fired = lax.stop_gradient(spikes) if settings.detach_reset else spikes
-  v = RESETS[settings.reset](u, fired, theta, parameters.decay)
+  """Spikes, and the membrane after the reset; `u` once for each of `PATHS`."""
+  spatial, leak, reset = u
+  spikes = fired = _spike(settings, spatial, theta, width)
+  if reset is not spatial:
+    fired = _spike(settings, reset, theta, width)
+  spikes, leak, fired = (
+    _passed(settings, parameters, i, a)
+    for i, a in enumerate((spikes, leak, fired))
+  )
+  v = RESETS[settings.reset](leak, fired, theta, parameters.decay)
   return spikes.astype(settings.dtype), v
 
 
-def _share(a, axis_name, mask, dtype):
-  """The share of real neurons for which a is True, pooled."""
-  share = jnp.sum(statistics.only_real(a, mask), dtype=dtype)
-  count = statistics.count(a, 0, mask)
-  if not axis_name:
-    return share / statistics.nonzero(count)
-  if mask is None:
-    return lax.pmean(share / count, axis_name)
-  share, count = lax.psum((share, count), axis_name)
-  return share / statistics.nonzero(count)
+def _spike(settings, u, theta, width):
+  x = u - theta
+  # Not a number where x is infinite or undefined, else nothing.
+  return settings.surrogate(x, width) + lax.stop_gradient(x - x)
+
+
+def _passed(settings, parameters, path, a):
+  """What goes on a path, its gradient cut or scaled."""
+  still = lax.stop_gradient(a)
+  if PATHS[path] in settings.cut:
+    return still
+  if parameters.gates is None:
+    return a
+  return still + parameters.gates[path] * (a - still)

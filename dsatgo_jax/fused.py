@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsatgo_jax import dynamics, xla
+from dsatgo_jax import dynamics, statistics, xla
+from dsatgo_jax import probes as tell
 
 
-def run(settings, x, v, t, parameters, running, mask):
+def run(settings, x, v, t, parameters, running, mask, probes):
   """The scan, beyond 16 timesteps in chunks of about sqrt(T) / 2."""
   num_steps = len(x)
-  if num_steps <= 16:
-    return _fused(settings, x, v, t, parameters, running, mask)
+  if num_steps <= 16 or 'reach' in probes:
+    return _fused(settings, x, v, t, parameters, running, mask, probes)
   most = max(4, math.isqrt(num_steps) // 2)
   divisors = (n for n in range(most, most // 2, -1) if num_steps % n == 0)
   size = next(divisors, most)
@@ -28,27 +29,26 @@ def run(settings, x, v, t, parameters, running, mask):
 
   def chunk(carry, inputs):
     v, t = carry
-    x, running, mask = inputs
-    spikes, v, record = _fused(settings, x, v, t, parameters, running, mask)
+    x, *others = inputs
+    spikes, v, record = _fused(settings, x, v, t, parameters, *others)
     return (v, t + len(x)), (spikes, record)
 
+  inputs = (x, running, mask, probes)
   carry, outputs = lax.scan(
     chunk,
     (v, t),
-    jax.tree.map(
-      lambda a: a[:end].reshape(-1, size, *a.shape[1:]), (x, running, mask)
-    ),
+    jax.tree.map(lambda a: a[:end].reshape(-1, size, *a.shape[1:]), inputs),
   )
   outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
   if end < num_steps:
-    rest = jax.tree.map(lambda a: a[end:], (x, running, mask))
+    rest = jax.tree.map(lambda a: a[end:], inputs)
     carry, last = chunk(carry, rest)
     outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
   return outputs[0], carry[0], outputs[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(settings, x, v, t, parameters, running, mask):
+def _fused(settings, x, v, t, parameters, running, mask, probes):
   """The scan, with a backward pass that keeps x and the statistics alone."""
   # A surrogate of one's own might not be the step that it should be.
   binary = hasattr(settings.surrogate, 'gradient')
@@ -56,17 +56,19 @@ def _fused(settings, x, v, t, parameters, running, mask):
   return dynamics.scanned(scan, settings, x, v, t, parameters, running, mask)
 
 
-def _forward(settings, x, v, t, parameters, running, mask):
-  outputs = _fused(settings, x, v, t, parameters, running, mask)
+def _forward(settings, x, v, t, parameters, running, mask, probes):
+  outputs = _fused(settings, x, v, t, parameters, running, mask, probes)
   measured = outputs[2].statistics
-  return outputs, (x, v, t, parameters, running, measured)
+  return outputs, (x, v, t, parameters, running, measured, probes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(settings, residuals, cotangents):
-  x, v, t, parameters, running, measured = residuals
+  x, v, t, parameters, running, measured, probes = residuals
   g_spikes, g_v, _ = cotangents
-  parameters, pool = jax.vjp(functools.partial(xla.vary_like, x), parameters)
+  (parameters, probes), pool = jax.vjp(
+    functools.partial(xla.vary_like, x), (parameters, probes)
+  )
   decay = parameters.decay
   x, pull_x = jax.vjp(
     dynamics.presynaptic, xla.late(x, g_spikes[-1] + g_v, measured), parameters
@@ -87,15 +89,29 @@ def _backward(settings, residuals, cotangents):
   @jit
   def forth(v, x, known):
     """One timestep: the membrane after it."""
-    return fire(decay * v + x, parameters, known)[1]
+    u = decay * v + x
+    return fire((u, u, u), parameters, known)[1]
 
   @jit
   def back(v, x, known, g_spikes, g_v):
-    """One timestep: the cotangents of u and of the parameters but decay."""
+    """One timestep: the cotangents of u, by path, and of all but decay.
+
+    Last, dv/du, if it is asked for.
+    """
     # Late, so that u is not kept from `forth` either.
     u = decay * v + xla.late(x, g_spikes + g_v, measured)
-    _, pull = jax.vjp(lambda u, p: fire(u, p, known), u, parameters)
-    return pull((g_spikes, g_v))
+
+    def by_path(parameters, *u):
+      return fire(u if probes else 3 * u, parameters, known)
+
+    paths = dynamics.PATHS if probes else ('all',)
+    _, pull = jax.vjp(by_path, parameters, *(u for _ in paths))
+    g_parameters, *g = pull((g_spikes, g_v))
+    slope = None
+    if 'reach' in probes:
+      _, *slope = pull((jnp.zeros_like(g_spikes), jnp.ones_like(g_v)))
+      slope = functools.reduce(jnp.add, slope)
+    return g, g_parameters, slope
 
   before = [v]
   for i in range(len(x) - 1):
@@ -103,9 +119,23 @@ def _backward(settings, residuals, cotangents):
     before.append(xla.in_memory(after, never))
 
   g_parameters, g_decay = jax.tree.map(jnp.zeros_like, (parameters, decay))
-  g_u = []
+  g_u, told = [], {name: [] for name in probes}
+  sample = functools.partial(
+    statistics.sample, like=x[0], axis_name=settings.axis_name
+  )
+  later = sample(g_v)[None] if 'reach' in probes else None
   for i in reversed(range(len(x))):
-    g, g_here = back(before[i], x[i], known[i], g_spikes[i], g_v)
+    parts, g_here, slope = back(before[i], x[i], known[i], g_spikes[i], g_v)
+    g = functools.reduce(jnp.add, parts)
+    if 'paths' in probes:
+      row = tell.paths(parts, g_spikes[i], probes['paths'][i])
+      told['paths'].append(row)
+    if 'reach' in probes:
+      spatial, slope = sample(parts[0]), sample(slope)
+      contributions = jnp.concatenate([spatial[None], slope * later])
+      row = tell.reach(contributions, sample(g), len(x))
+      told['reach'].append(row)
+      later = sample(decay) * contributions
     g_parameters = jax.tree.map(jnp.add, g_parameters, g_here)
     if i:
       g = xla.in_memory(g, never)
@@ -118,7 +148,12 @@ def _backward(settings, residuals, cotangents):
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
   g_x, g_norm = pull_x(xla.stack(g_u[::-1]))
   g_parameters = jax.tree.map(jnp.add, g_parameters, g_norm)
-  return g_x, g_v, None, *pool(g_parameters), None, None
+  told = {
+    name: jnp.stack(rows[::-1]).astype(probes[name].dtype)
+    for name, rows in told.items()
+  }
+  (pooled,) = pool((g_parameters, told))
+  return g_x, g_v, None, pooled[0], None, None, pooled[1]
 
 
 _fused.defvjp(_forward, _backward)

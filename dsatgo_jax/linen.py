@@ -11,8 +11,18 @@
 
 Running thresholds live in the `batch_stats` collection, so a training loop
 written for batch norm trains the neuron unchanged. What happened inside is
-sown into the collection `spiking` where that is mutable: `firing_rate`,
-`theta`, `width`, `mean`, `std` and `gradient_share`, [T] each.
+sown, pooled over `axis_name`, into collections where these are mutable, and
+costs nothing where they are not:
+
+    spiking     firing_rate, gradient_share, theta, width, mean and std, [T]
+                each; silent_share and always_share, of the neurons that fired
+                at no timestep and at every one
+    histograms  membrane: shares of `u - theta` below, between and above
+                `statistics.EDGES`, [T, bins]
+    membranes   u, v and spikes, [T, B, ...]
+
+Gradients are told of through zeros in the collection `flow` (see `probes` and
+`analysis.flow`), and cut by gates in the collection `cuts`.
 
 A membrane that is infinite or NaN shows: its spikes are NaN, in training those
 of the whole layer, whose statistics it is in. Running values, tdBN's too, take
@@ -23,7 +33,7 @@ fixed, learnable, estimated and running thresholds leave it silent.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +41,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dsatgo_jax import methods, neurons, statistics, surrogate, tdbn, threshold
+from dsatgo_jax import (
+  methods,
+  neurons,
+  probes,
+  statistics,
+  surrogate,
+  tdbn,
+  threshold,
+)
 from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.neurons import NeuronState as NeuronState
 from dsatgo_jax.time_axis import fold_time as fold_time
@@ -161,6 +179,8 @@ class SpikingNeuron(nn.Module):
     surrogate: see `dsatgo_jax.surrogate`.
     reset: 'hard', 'soft' or 'subtract_after_decay'; see `dynamics`.
     detach_reset: whether the reset passes no gradient to the spike.
+    cut: ways of the gradient into the membrane, of 'spatial', 'leak' and
+      'reset', that pass none.
     momentum: the share of the running threshold that is kept [eq 6].
     axis_name: mapped axis over which the statistics are pooled. None under
       `pmap` or `shard_map` warns; () says that they are each device's own.
@@ -183,6 +203,7 @@ class SpikingNeuron(nn.Module):
   surrogate: Callable = surrogate.rectangular
   reset: str = 'hard'
   detach_reset: bool = False
+  cut: Sequence[str] = ()
   momentum: float = 0.9
   axis_name: Any = None
   fused: bool | None = None
@@ -255,8 +276,11 @@ class SpikingNeuron(nn.Module):
     if method.threshold is threshold.learnable:
       start = nn.initializers.constant(np.asarray(v_th))
       v_th = self.param('v_th', start, np.shape(v_th), self.param_dtype)
+    gates = None
+    if self.has_variable('cuts', 'gates'):
+      gates = self.get_variable('cuts', 'gates')
     parameters = neurons.Parameters(
-      decay, v_th, self.f_c, self.width, tdbn_scale, norm
+      decay, v_th, self.f_c, self.width, tdbn_scale, norm, gates
     )
 
     x = jnp.asarray(x)
@@ -280,7 +304,7 @@ class SpikingNeuron(nn.Module):
       for average in running.values():
         num_steps = average.shape[0]
     active = not self.is_initializing()
-    spikes, state, record, new = neurons.layer(
+    spikes, state, told, new = neurons.layer(
       x,
       parameters,
       method,
@@ -294,19 +318,37 @@ class SpikingNeuron(nn.Module):
       surrogate=self.surrogate,
       reset=self.reset,
       detach_reset=self.detach_reset,
+      cut=self.cut,
       axis_name=self.axis_name if active else (),
       fused=self.fused,
       dtype=self.dtype,
-      record=active and self.is_mutable_collection('spiking'),
+      record=[
+        name
+        for name in neurons.COLLECTIONS
+        if active and self.is_mutable_collection(name)
+      ],
+      probes=self._probes(x, per_step) if active else None,
     )
     if active and not use_running_average:
       for name, average in averages.items():
         value = getattr(new, name)
         average.value = value[0] if per_step else value
-    if active and self.is_mutable_collection('spiking'):
-      for name, value in record.scalars().items():
-        self.sow('spiking', name, value, reduce_fn=lambda _, new: new)
+    for collection, values in told.items():
+      for name, value in values.items():
+        self.sow(collection, name, value, reduce_fn=lambda _, new: new)
     return spikes, state
+
+  def _probes(self, x, per_step):
+    """The zeros in the collection `flow`, made where that is mutable."""
+    found = {}
+    for name in probes.NAMES:
+      if self.is_mutable_collection('flow'):
+        zeros = probes.zeros(name, x)
+        self.variable('flow', name, lambda a=zeros: a[0] if per_step else a)
+      if self.has_variable('flow', name):
+        value = self.get_variable('flow', name)
+        found[name] = value[None] if per_step else value
+    return found
 
 
 class SpikingCell(SpikingNeuron, nn.RNNCellBase):

@@ -6,7 +6,7 @@ these functions compile at the first call with the same shapes and settings.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,20 @@ from jax import lax
 
 from dsatgo_jax import fused as fused_scan
 from dsatgo_jax import methods, statistics, surrogate, threshold, width, xla
-from dsatgo_jax.dynamics import RESETS, Settings, plain
+from dsatgo_jax.dynamics import (
+  PATHS,
+  RECORDS,
+  RESETS,
+  Settings,
+  plain,
+  presynaptic,
+)
 from dsatgo_jax.dynamics import NeuronState as NeuronState
 from dsatgo_jax.dynamics import Parameters as Parameters
 from dsatgo_jax.dynamics import Record as Record
 from dsatgo_jax.dynamics import Running as Running
 from dsatgo_jax.dynamics import at_rest as at_rest
+from dsatgo_jax.probes import zeros
 
 
 def step(
@@ -34,9 +42,10 @@ def step(
   surrogate: Callable = surrogate.rectangular,
   reset: str = 'hard',
   detach_reset: bool = False,
+  cut: Sequence[str] = (),
   axis_name=None,
   dtype=None,
-  record: bool = False,
+  record: bool | Sequence[str] = False,
 ) -> tuple[jax.Array, NeuronState, Record]:
   """One timestep.
 
@@ -51,9 +60,12 @@ def step(
     surrogate: see the module of that name.
     reset: 'hard', 'soft' or 'subtract_after_decay'.
     detach_reset: whether the reset passes no gradient to the spike.
+    cut: ways of the gradient into u, of 'spatial', 'leak' and 'reset', that
+      pass none; 'reset' is what `detach_reset` cuts.
     axis_name: mapped axis over which the statistics are pooled.
     dtype: of the spikes; None for x's.
-    record: whether to compute all fields of the `Record`.
+    record: what to compute for the `Record`, of 'activity', 'histogram' and
+      'membrane'; True is 'activity'.
 
   Returns:
     Spikes [B, ...], the state after the timestep, and the `Record`.
@@ -71,6 +83,7 @@ def step(
     surrogate=surrogate,
     reset=reset,
     detach_reset=detach_reset,
+    cut=cut,
     axis_name=axis_name,
     dtype=dtype,
     record=record,
@@ -90,10 +103,12 @@ def run(
   surrogate: Callable = surrogate.rectangular,
   reset: str = 'hard',
   detach_reset: bool = False,
+  cut: Sequence[str] = (),
   axis_name=None,
   dtype=None,
-  record: bool = False,
+  record: bool | Sequence[str] = False,
   fused: bool | None = None,
+  probes: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, NeuronState, Record]:
   """All timesteps of a sequence.
 
@@ -113,16 +128,21 @@ def run(
     surrogate: see the module of that name.
     reset: 'hard', 'soft' or 'subtract_after_decay'.
     detach_reset: whether the reset passes no gradient to the spike.
+    cut: ways of the gradient into u, of 'spatial', 'leak' and 'reset', that
+      pass none; 'reset' is what `detach_reset` cuts.
     axis_name: mapped axis over which the statistics are pooled. None under
       `pmap` or `shard_map` warns; () says that they are each device's own.
     dtype: of the spikes; None for x's.
-    record: whether to compute all fields of the `Record`.
+    record: what to compute for the `Record`, of 'activity', 'histogram' and
+      'membrane'; True is 'activity'.
     fused: True runs a backward pass that keeps x and the statistics alone and
       computes the rest from them again, beyond 16 timesteps in chunks of about
       sqrt(T) / 2, whose first membranes it keeps; False leaves the scan to
       autodiff, which forward mode needs. The derivatives are the same, at any
       order of reverse mode. None is False for surrogates that
-      `surrogate.straight_through` made, else True.
+      `surrogate.straight_through` made, else True; with probes it is True.
+    probes: zeros whose gradients tell of the gradients here, by name; see the
+      module `probes`.
 
   Returns:
     Spikes [T, B, ...], the state after the last timestep, and the `Record`,
@@ -144,12 +164,23 @@ def run(
       f'Expected reset to be one of {", ".join(map(repr, RESETS))}, '
       f'got {reset=}.'
     )
+  cut = (*cut, *detach_reset * ('reset',))
+  if isinstance(record, bool):
+    record = record * ('activity',)
   method = methods.get(method)
   parameters = _checked(parameters, method, reset, x)
   settings = Settings(
-    method, surrogate, reset, detach_reset, axis_name,
-    jnp.dtype(dtype or x.dtype), record, state is None,
+    method, surrogate, reset, _chosen('cut', cut, PATHS), axis_name,
+    jnp.dtype(dtype or x.dtype), _chosen('record', record, RECORDS),
+    state is None,
   )  # fmt: skip
+  probes = dict(probes or {})
+  for name, probe in probes.items():
+    if probe.shape != (shape := zeros(name, x).shape):
+      raise ValueError(
+        f'Expected the probe {name!r} for x of shape {x.shape} to be of shape '
+        f'{shape}, got shape {probe.shape}.'
+      )
   if state is None:
     state = at_rest(x[0])
   if state.v.shape != x.shape[1:]:
@@ -169,18 +200,37 @@ def run(
   if fused is None:
     fused = not getattr(surrogate, 'forward_mode', False)
   return _run(
-    settings, fused, x, state, parameters, running, over_time(mask, x)
+    settings, fused, x, state, parameters, running, over_time(mask, x), probes
   )
 
 
 # So that eager calls compile once; within a program XLA dissolves it.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(settings, fused, x, state, parameters, running, mask):
+def _run(settings, fused, x, state, parameters, running, mask, probes):
+  if 'u' in probes:
+    x = presynaptic(x, parameters) + probes['u']
+    parameters = parameters._replace(norm=None)
   v = xla.vary_like(x, state.v.astype(parameters.decay.dtype))
-  scan = fused_scan.run if fused else plain
-  spikes, v, happened = scan(settings, x, v, state.t, parameters, running, mask)
+  inputs = settings, x, v, state.t, parameters, running, mask
+  sums = {name: probes[name] for name in ('paths', 'reach') if name in probes}
+  if fused or sums:
+    spikes, v, happened = fused_scan.run(*inputs, sums)
+  else:
+    spikes, v, happened = plain(*inputs)
+  if 's' in probes:
+    spikes += probes['s'].astype(spikes.dtype)
   state = NeuronState(v, state.t + x.shape[0])
   return spikes, state, lax.stop_gradient(happened)
+
+
+def _chosen(name, chosen, known):
+  """The names chosen of the known ones, in their order."""
+  if unknown := set(chosen).difference(known):
+    raise ValueError(
+      f'Expected {name} to be of {", ".join(map(repr, known))}, '
+      f'got {", ".join(map(repr, sorted(unknown)))}.'
+    )
+  return tuple(one for one in known if one in chosen)
 
 
 def _checked(parameters, method, reset, x):
@@ -304,8 +354,9 @@ def layer(
   use_running_average: bool,
   momentum: float,
   mask=None,
+  record: Sequence[str] = (),
   **settings,
-) -> tuple[jax.Array, NeuronState, Record, Running]:
+) -> tuple[jax.Array, NeuronState, dict[str, dict], Running]:
   """`run`, and the running averages kept: what Linen's and NNX's modules do.
 
   Args:
@@ -319,10 +370,12 @@ def layer(
     use_running_average: inference by the averages; they stay as they are.
     momentum: the share of the old averages that is kept [eq 6].
     mask: [T, B] or [B]; None for no mask.
+    record: which of `COLLECTIONS` to fill.
     **settings: further arguments of `run`.
 
   Returns:
-    Spikes, state and `Record` of `run`, and the new running averages.
+    Spikes and state of `run`; what happened, by collection and name; and the
+    new running averages.
 
   Raises:
     ValueError: what `run` raises; x is not the whole recording, or reaches
@@ -338,20 +391,23 @@ def layer(
       lambda a: a.at[times].get(mode='fill', fill_value=jnp.nan), running
     )
   mask = over_time(mask, x)
-  spikes, state, record = run(
+  spikes, state, happened = run(
     x,
     parameters,
     method,
     state=state,
     running=here if use_running_average else None,
     mask=mask,
+    record=[COLLECTIONS[name] for name in record],
     **settings,
   )
+  told = _told(spikes, happened, mask, settings.get('axis_name'))
+  told = {name: told[name]() for name in record}
   if not use_running_average:
     measured = Running(
       *(
         None if average is None else value
-        for average, value in zip(running, record[:2], strict=True)
+        for average, value in zip(running, happened[:2], strict=True)
       )
     )
     if mask is not None:
@@ -377,7 +433,44 @@ def layer(
         lambda a, new: a.at[times].set(new, mode='drop'), running, new
       )
     )
-  return spikes, state, record, running
+  return spikes, state, told, running
+
+
+# Where the modules put what happened, and the part of the `Record` it is.
+COLLECTIONS = {
+  'spiking': 'activity',
+  'histograms': 'histogram',
+  'membranes': 'membrane',
+}
+
+
+def _told(spikes, happened, mask, axis_name):
+  """What goes into each of the collections, as functions."""
+
+  def activity():
+    fired = lax.stop_gradient(spikes != 0)
+    real = True if mask is None else _like(mask, fired)
+    pooled = {
+      'axis_name': axis_name,
+      'mask': None if mask is None else jnp.any(mask, 0),
+    }
+    return happened.scalars() | {
+      'silent_share': statistics.share(~jnp.any(fired & real, 0), **pooled),
+      'always_share': statistics.share(
+        jnp.all(fired | ~jnp.asarray(real), 0), **pooled
+      ),
+    }
+
+  return {
+    'spiking': activity,
+    'histograms': lambda: {'membrane': happened.histogram},
+    'membranes': lambda: {'u': happened.u, 'v': happened.v, 'spikes': spikes},
+  }
+
+
+def _like(mask, x):
+  """A mask with x's axes."""
+  return lax.expand_dims(mask, range(mask.ndim, x.ndim))
 
 
 def _check_length(x, start, num_steps, whole):

@@ -24,7 +24,7 @@ all other thresholds leave it silent.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsatgo_jax import methods, neurons, statistics, surrogate, tdbn
+from dsatgo_jax import methods, neurons, probes, statistics, surrogate, tdbn
 from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.neurons import NeuronState as NeuronState
 from dsatgo_jax.threshold import learnable
@@ -44,6 +44,26 @@ Conv = functools.partial(nnx.Conv, kernel_init=kaiming_normal)
 Dense = nnx.Linear
 avg_pool = fold_time(nnx.avg_pool)
 max_pool = fold_time(nnx.max_pool)
+
+
+class Histogram(nnx.Variable):
+  """Captured: histograms of the membranes, as Linen's `histograms`."""
+
+
+class Membrane(nnx.Variable):
+  """Captured: membranes and spikes, as Linen's `membranes`."""
+
+
+class Probe(nnx.Variable):
+  """Zeros whose gradients tell of gradients; see `analysis.flow`."""
+
+
+# By which kind of variable the modules are captured for which collection.
+CAPTURED = {
+  'spiking': nnx.Intermediate,
+  'histograms': Histogram,
+  'membranes': Membrane,
+}
 
 
 def _static(value):
@@ -183,6 +203,7 @@ class SpikingNeuron(nnx.Module):
     surrogate: Callable = surrogate.rectangular,
     reset: str = 'hard',
     detach_reset: bool = False,
+    cut: Sequence[str] = (),
     momentum: float = 0.9,
     axis_name: Any = None,
     fused: bool | None = None,
@@ -207,6 +228,7 @@ class SpikingNeuron(nnx.Module):
       surrogate: see `dsatgo_jax.surrogate`.
       reset: 'hard', 'soft' or 'subtract_after_decay'; see `dynamics`.
       detach_reset: whether the reset passes no gradient to the spike.
+      cut: of 'spatial', 'leak' and 'reset', the paths that pass no gradient.
       momentum: the share of the running threshold that is kept [eq 6].
       axis_name: mapped axis over which the statistics are pooled.
       fused: False leaves the scan to autodiff, as forward mode needs.
@@ -225,7 +247,7 @@ class SpikingNeuron(nnx.Module):
     self.decay, self.learn_decay = decay, learn_decay
     self.f_c, self.width = f_c, width
     self.surrogate = surrogate
-    self.reset, self.detach_reset = reset, detach_reset
+    self.reset, self.detach_reset, self.cut = reset, detach_reset, tuple(cut)
     self.momentum = momentum
     self.axis_name = axis_name
     self.fused = fused
@@ -282,8 +304,8 @@ class SpikingNeuron(nnx.Module):
       for name in neurons.averaged(self.method)
     }
     # Outside `nnx.capture`, sowing would cost and keep everything.
-    captured = nnx.Intermediate in map(type, getattr(self, '__captures__', ()))
-    spikes, state, record, running = neurons.layer(
+    kinds = tuple(map(type, getattr(self, '__captures__', ())))
+    spikes, state, told, running = neurons.layer(
       jnp.asarray(x),
       neurons.Parameters(
         jax.nn.sigmoid(self.w[...]) if self.learn_decay else self.decay,
@@ -304,17 +326,23 @@ class SpikingNeuron(nnx.Module):
       surrogate=self.surrogate,
       reset=self.reset,
       detach_reset=self.detach_reset,
+      cut=self.cut,
       axis_name=self.axis_name,
       fused=self.fused,
       dtype=self.dtype,
-      record=captured,
+      record=[name for name, kind in CAPTURED.items() if kind in kinds],
+      probes={
+        name: getattr(self, f'flow_{name}')[...]
+        for name in probes.NAMES
+        if hasattr(self, f'flow_{name}')
+      },
     )
     if not use_running_average:
       for name, average in averages.items():
         average[...] = getattr(running, name)
-    if captured:
-      for name, value in record.scalars().items():
-        self.sow(nnx.Intermediate, name, value, lambda _, new: new)
+    for collection, values in told.items():
+      for name, value in values.items():
+        self.sow(CAPTURED[collection], name, value, lambda _, new: new)
     return (spikes, state) if return_state else spikes
 
   def set_view(self, use_running_average: bool | None = None):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dsatgo_jax import xla
@@ -17,6 +18,11 @@ from dsatgo_jax import xla
 # Deviations are squared twice, multiplied by one and by the other, so that no
 # square that matters vanishes or overflows from about 1e-36 to 1e22 in float32.
 _SCALES = (2.0**70, 2.0**-26)
+
+# Between them a histogram of `u - theta` has its bins, with one below and one
+# above; and so many neurons of a timestep it counts, evenly spaced ones.
+EDGES = tuple(np.linspace(-4, 4, 65).tolist())
+SAMPLES = 2**14
 
 
 class Statistics(NamedTuple):
@@ -57,7 +63,9 @@ def measure(u: jax.Array, axis_name=None, mask=None) -> Statistics:
     )
   near, distance = _about_mean(u, 0, mask)
   scales = [xla.unknown(scale, near) for scale in _SCALES]
-  total, *squares = _sums(distance, 0, scales)
+  total, *squares = sums(
+    (distance, *(jnp.square(scale * distance) for scale in scales))
+  )
   counted = count(u, 0, mask)
   number = nonzero(counted)
   mean = near + total / number
@@ -93,7 +101,7 @@ def moments(
     Two arrays of x's last `per` axes.
   """
   near, distance = _about_mean(x, per, mask)
-  total, squares = _sums(distance, per)
+  total, squares = sums((distance, jnp.square(distance)), per)
   mean = total / nonzero(count(x, per, mask))
   # Which rounding could make negative.
   return near + mean, _not_negative(squares - total * mean)
@@ -193,24 +201,94 @@ def _near_mean(x, per, mask):
   return sample[0] + jnp.mean(sample - sample[:1], 0)
 
 
-def _sums(x, per, scales=(1,)):
-  """Sums of x and of its scaled squares over all but the last `per` axes."""
+def sums(terms: tuple[jax.Array, ...], per: int = 0) -> tuple[jax.Array, ...]:
+  """The sum of each term over all but the last `per` axes.
+
+  All in one pass, if there are at most three: more XLA does not make vectors
+  of on CPU.
+
+  Args:
+    terms: arrays of one shape and dtype.
+    per: how many of the last axes are kept apart.
+
+  Returns:
+    As many arrays of the last `per` axes.
+  """
+  x = terms[0]
   axes = tuple(range(x.ndim - per))
   axis = max(1, x.ndim - 3)
-  terms = (x, *(jnp.square(scale * x) for scale in scales))
   length = x.shape[axis] if x.ndim > 2 else None
   if not isinstance(length, int) or length > 1024:  # Or it is symbolic.
     return tuple(jnp.sum(term, axes) for term in terms)
-  # All in one pass. XLA makes vectors of a reduction over a short inner axis,
-  # and over one that is not the batch it leaves a sharded batch where it is.
-  sums = lax.reduce(
+  # XLA makes vectors of a reduction over a short inner axis, and over one that
+  # is not the batch it leaves a sharded batch where it is.
+  partial = lax.reduce(
     terms, (jnp.zeros_like(x, shape=()),) * len(terms), _add_each, (axis,)
   )
-  return tuple(jnp.sum(s, axes[:-1]) for s in sums)
+  return tuple(jnp.sum(term, axes[:-1]) for term in partial)
 
 
 def _add_each(a, b):
   return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def sample(a, like: jax.Array, axis_name=None) -> jax.Array:
+  """At most `SAMPLES` neurons of a timestep, as many of every example.
+
+  Args:
+    a: what is sampled; broadcasts against `like`.
+    like: [B, ...].
+    axis_name: mapped axis over which the batch is spread.
+
+  Returns:
+    [B, n], n at least 1.
+  """
+  a = jnp.broadcast_to(a, like.shape).reshape(like.shape[0], -1)
+  total = like.size * axis_size(axis_name)
+  return a[:, :: max(1, -(-total // SAMPLES))]
+
+
+def histogram(x: jax.Array, axis_name=None, mask=None) -> jax.Array:
+  """The shares of x below, between and above `EDGES`, of a `sample` of x.
+
+  Args:
+    x: the membrane's distance from the threshold, `u - theta`, [B, ...].
+    axis_name: mapped axis over which the batch is spread.
+    mask: [B], whether an example is real; None for all of them.
+
+  Returns:
+    [len(EDGES) + 1], pooled, in x's dtype.
+  """
+  few = sample(x, x, axis_name)
+  below = few[..., None] < jnp.asarray(EDGES, x.dtype)
+  counts = jnp.sum(only_real(below, mask), (0, 1), dtype=x.dtype)
+  number = jnp.asarray(count(few, 0, mask), x.dtype)
+  if axis_name:
+    counts, number = lax.psum((counts, number), axis_name)
+  bounds = jnp.concatenate([jnp.zeros(1, x.dtype), counts, number[None]])
+  return jnp.diff(bounds) / nonzero(number)
+
+
+def share(a: jax.Array, axis_name=None, mask=None, dtype=jnp.float32):
+  """The share of neurons for which a is True.
+
+  Args:
+    a: [B, ...], bool.
+    axis_name: mapped axis over which the batch is spread.
+    mask: [B], whether an example is real; None for all of them.
+    dtype: of the share.
+
+  Returns:
+    A scalar, pooled.
+  """
+  total = jnp.sum(only_real(a, mask), dtype=dtype)
+  number = count(a, 0, mask)
+  if not axis_name:
+    return total / nonzero(number)
+  if mask is None:
+    return lax.pmean(total / number, axis_name)
+  total, number = lax.psum((total, number), axis_name)
+  return total / nonzero(number)
 
 
 def axis_size(axis_name) -> int:
@@ -257,9 +335,12 @@ def warn_if_not_pooled(axis_name, x: jax.Array):
   if axis_name is not None:
     return
   mesh = jax.sharding.get_abstract_mesh()
-  varying = getattr(jax.typeof(x), 'vma', None) or mesh.manual_axes
-  names = [name for name in mesh.manual_axes if name in varying]
-  if any(mesh.shape[name] > 1 for name in names):
+  names = [
+    name
+    for name in mesh.manual_axes
+    if mesh.shape[name] > 1 and not xla.is_summed(x, name)
+  ]
+  if names:
     warnings.warn(
       f'x is spread over the mapped axis {", ".join(map(repr, names))}, and '
       'axis_name=None: every device takes the statistics of its own part of '

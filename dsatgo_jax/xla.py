@@ -116,6 +116,22 @@ def in_memory(a, never):
   )
 
 
+def is_summed(x, axis_name):
+  """Whether x is known to be the same on all devices of a mapped axis.
+
+  Under `shard_map` the gradient of what is replicated is; under `pmap` nothing
+  is known.
+  """
+  return axis_name in _varying(lax.axis_index(axis_name)) - _varying(x)
+
+
+def _varying(x):
+  """The mapped axes over which x's type says that it varies."""
+  aval = jax.typeof(x)
+  kind = getattr(aval, 'manual_axis_type', None)
+  return kind.varying if kind else getattr(aval, 'vma', None) or frozenset()
+
+
 def vary_like(x, tree):
   """Makes a tree vary over the mesh axes that x varies over (`shard_map`)."""
   return jax.tree.map(

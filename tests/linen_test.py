@@ -191,8 +191,12 @@ def test_spiking_is_sown_only_where_mutable():
   _, _, record = neurons.run(x, record=True)
   assert updates['spiking'].keys() == {
     'theta', 'width', 'mean', 'std', 'firing_rate', 'gradient_share',
+    'silent_share', 'always_share',
   }  # fmt: skip
-  close(updates['spiking'], record.scalars())
+  told = dict(updates['spiking'])
+  close(told.pop('silent_share'), (spikes == 0).all(0).mean())
+  close(told.pop('always_share'), spikes.all(0).mean())
+  close(told, record.scalars())
   close(updates['spiking']['firing_rate'], spikes.mean((1, 2)))
 
   def program(*mutable):

@@ -1,6 +1,6 @@
 """What all networks share: their settings, and conv - tdBN - neuron."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class Network(nn.Module):
   surrogate: Callable = surrogate.rectangular
   reset: str = 'hard'
   detach_reset: bool = False
+  cut: Sequence[str] = ()
   momentum: float = 0.9
   alpha: float = 1.0
   axis_name: Any = None
@@ -82,6 +83,7 @@ class Network(nn.Module):
         surrogate=self.surrogate,
         reset=self.reset,
         detach_reset=self.detach_reset,
+        cut=self.cut,
         momentum=self.momentum,
         fused=self.fused,
         **shared,
