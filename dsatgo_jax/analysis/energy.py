@@ -38,7 +38,7 @@ of it on most hardware.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -196,7 +196,7 @@ def count(
   """
   closed = jax.make_jaxpr(apply)(variables, *inputs)
   named, _ = jax.tree_util.tree_flatten_with_path(variables)
-  collections = isinstance(variables, dict) and 'params' in variables
+  collections = isinstance(variables, Mapping) and 'params' in variables
   origins = [
     frozenset([_module(path, collections)] if path else []) for path, _ in named
   ]
@@ -331,20 +331,28 @@ def _flow(equation, origins):
   name, settings = equation.primitive.name, equation.params
   if name == 'scan':
     return _trace(settings['jaxpr'], _settled(equation, origins))
+  if name == 'while':
+    return _settled(equation, origins)[settings['body_nconsts'] :]
   if name == 'cond':
-    branches = [_trace(b, origins[1:]) for b in settings['branches']]
-    return [_join([*each, origins[0]]) for each in zip(*branches, strict=True)]
+    branches = [_trace(branch, origins[1:]) for branch in settings['branches']]
+    return list(map(_join, zip(*branches, strict=True)))
   if name in _CALLS:
     return _trace(_called(equation), origins)
   return [_join(origins)] * len(equation.outvars)
 
 
 def _settled(equation, origins):
-  """Of a scan's arguments, once what is carried has gone around."""
-  first = equation.params['num_consts']
-  last = first + equation.params['num_carry']
+  """Of what a loop's body takes, once what is carried has gone around."""
+  settings = equation.params
+  if equation.primitive.name == 'scan':
+    body, first = settings['jaxpr'], settings['num_consts']
+    last = first + settings['num_carry']
+  else:
+    origins = origins[settings['cond_nconsts'] :]
+    body, first = settings['body_jaxpr'], settings['body_nconsts']
+    last = len(origins)
   while True:
-    results = _trace(equation.params['jaxpr'], origins)
+    results = _trace(body, origins)
     carried = list(map(_join, zip(origins[first:last], results, strict=False)))
     if carried == origins[first:last]:
       return origins
@@ -436,7 +444,12 @@ def _bind(equation, arguments):
     if not isinstance(variable, core.Literal)
   }
   jaxpr = core.Jaxpr(
-    (), list(given), equation.outvars, [equation], equation.effects
+    (),
+    list(given),
+    equation.outvars,
+    [equation],
+    equation.effects,
+    core.DebugInfo('count', equation.primitive.name, None, None),
   )
   return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*given.values())
 
@@ -511,8 +524,7 @@ def _run_while(equation, arguments, origins, largest):
   settings = equation.params
   first = settings['cond_nconsts']
   last = first + settings['body_nconsts']
-  # What the input is in after many rounds it may be in from the beginning.
-  origins = origins[first:last] + [_join(origins)] * (len(origins) - last)
+  origins = _settled(equation, origins)
 
   def run(carry):
     return _run(
@@ -618,7 +630,7 @@ def _activations(equation, sides, free, largest):
   reached = _sum(
     terms[0] * terms[1], tuple(range(len(batch), len(batch) + len(contracted)))
   )
-  examples = math.prod(_shape(x, batch))
+  examples = free[0] * math.prod(_shape(x, batch))
   return Count(
     _name(None, equation),
     reached,
