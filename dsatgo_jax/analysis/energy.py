@@ -47,6 +47,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from dsatgo_jax.analysis import tree
+
 ACCUMULATE = 0.9
 MULTIPLY_ACCUMULATE = 4.6
 
@@ -306,10 +308,7 @@ def _join(origins):
 
 def _module(path, collections):
   """The name of the layer that a variable belongs to."""
-  keys = list(path[1:] if collections else path)
-  if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey('value'):
-    keys.pop()  # Of an NNX variable.
-  names = [jax.tree_util.keystr([key], simple=True) for key in keys]
+  names = tree.keys(path[1:] if collections else path)
   if len(names) > 1 and names[-1] in ('kernel', 'embedding'):
     names.pop()
   return '/'.join(names)
