@@ -486,11 +486,10 @@ def test_linen_and_nnx():
   np.testing.assert_allclose(expected.layers['head'].rate, rate, rtol=1e-6)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_residual_network(dtype):
-  """Blocks add spikes, which then have a size of 2; in training, too."""
+def test_residual_network():
+  """Blocks add spikes, which then have a size of 2. In bfloat16, in training."""
   net = models.ResNet19(
-    planes=(4, 8, 8), stage_sizes=(2, 1, 1), head_width=8, dtype=dtype
+    planes=(4, 4), stage_sizes=(2, 1), head_width=8, dtype=jnp.bfloat16
   )
   images = normal(4, 8, 8, 3)
   variables = jax.jit(net.init)(jax.random.key(0), images)
@@ -501,15 +500,18 @@ def test_residual_network(dtype):
   found = energy.measure(apply, variables, images, num_steps=2)
   kinds = {name: row.kind for name, row in found.layers.items()}
   assert kinds.pop('encode/layer') == kinds.pop('head/layer') == 'MAC'
-  assert set(kinds.values()) == {'AC'} and len(kinds) == 11
+  assert set(kinds.values()) == {'AC'} and len(kinds) == 8
   # encode: 9 connections of a pixel, 6 at the edge, 4 in the corner.
   connections = (36 * 9 + 24 * 6 + 4 * 4) * 3 * 4
   assert found.layers['encode/layer'].relu_operations == connections
-  assert found.multiply_accumulates == connections + 2 * 8 * 8
-  # Each spike of the second block's input reaches nearly 9 times 4 outputs.
-  row = found.layers['block1/spiking1/layer']
-  most = 2 * 8 * 8 * 4 * row.rate * 9 * 4
-  assert 0.8 * most < row.operations < 2 * most
+  assert found.multiply_accumulates == connections + 2 * 4 * 8
+  # Behind the stem, each spike of size 1 reaches at most 9 times 4 outputs. The
+  # second block's input has spikes of size 2, too.
+  sizes = []
+  for name in ('block0/spiking1/layer', 'block1/spiking1/layer'):
+    row = found.layers[name]
+    sizes.append(row.operations / (2 * 8 * 8 * 4 * row.rate * 9 * 4))
+  assert 0.8 < sizes[0] < 1 and 1.03 * sizes[0] < sizes[1] < 2
 
 
 def test_large_counts_are_exact():
