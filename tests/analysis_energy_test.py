@@ -385,7 +385,54 @@ def test_wherever_it_stands(name):
   assert expected.keys() == {'in', 'cell', 'cell/back', 'stack'}
   assert expected['in'][0] == 'MAC' and expected['cell/back'][1] > 0
   found = measure(PROGRAMS[name], WEIGHTS, x)
-  assert rows(found) == expected
+  layers = rows(found)
+  if 'stack/0' in layers:  # A scan over layers has a row for each.
+    parts = [layers.pop(f'stack/{i}') for i in range(3)]
+    assert {part[0] for part in parts} == {'AC'}
+    layers['stack'] = ('AC', *np.sum([part[1:] for part in parts], 0))
+  assert ('stack/0' in rows(found)) == (name != 'while')
+  assert layers == expected
+
+
+class Stack(nn.Module):
+  """The same layer three times, scanned."""
+
+  @nn.compact
+  def __call__(self, x):
+    """[T, B, 5] to spikes."""
+    scan = nn.scan(
+      nn.remat(Repeated), {'params': 0}, split_rngs={'params': True}, length=3
+    )
+    return scan(name='layers')(x, None)[0]
+
+
+class Repeated(nn.Module):
+  """A layer of weights and spikes."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    """[T, B, 5] to spikes, and nothing."""
+    return fire(nn.Dense(5, name='dense')(x)), None
+
+
+def test_scanned_layers_have_a_row_each():
+  """Of which the first sees an image, the others spikes."""
+  x = normal(4, 6, 5)
+  variables = Stack().init(jax.random.key(0), x)
+  found = energy.measure(
+    Stack().apply, variables, x, num_steps=4, batch_axis=1
+  ).layers
+  kinds = {name: row.kind for name, row in found.items()}
+  assert kinds == {
+    'layers/dense/0': 'MAC', 'layers/dense/1': 'AC', 'layers/dense/2': 'AC',
+  }  # fmt: skip
+  rates = []
+  for i in range(2):
+    of_layer = jax.tree.map(lambda a: a[i], variables['params']['layers'])  # noqa: B023
+    x, _ = Repeated().apply({'params': of_layer}, x, None)
+    rates.append(float(x.mean()))
+  close = pytest.approx(rates, rel=1e-6)
+  assert [found[f'layers/dense/{i}'].rate for i in (1, 2)] == close
 
 
 def test_what_cannot_be_looked_into_is_an_error():
@@ -487,7 +534,7 @@ def test_linen_and_nnx():
 
 
 def test_residual_network():
-  """Blocks add spikes, which then have a size of 2. In bfloat16, in training."""
+  """Blocks add spikes, which then have a size of 2; in bfloat16."""
   net = models.ResNet19(
     planes=(4, 4), stage_sizes=(2, 1), head_width=8, dtype=jnp.bfloat16
   )

@@ -181,8 +181,9 @@ def count(
       counts = jax.tree.map(lambda *parts: sum(parts), *counts)
 
   A layer's name is the path of its weights in the variables, without the
-  collection and `kernel`: 'block0/conv1'. Weights that are not in the variables
-  are called after the scope they are in, or after what is done with them.
+  collection and `kernel`: 'block0/conv1'; with a number where a scan takes
+  stacked weights one after the other. Weights that are not in the variables are
+  called after the scope they are in, or after what is done with them.
 
   Args:
     apply: the model, `apply(variables, *inputs)`.
@@ -492,8 +493,24 @@ def _run_scan(equation, arguments, origins, largest):
     settings['reverse'],
     settings['unroll'],
   )
-  counts = jax.tree.map(lambda a: jnp.sum(a, 0, dtype=a.dtype), counts)
-  return [*carry, *stacked], counts
+  apart = _join(origin for origin in origins[last:] if origin is not None)
+  summed = []
+  for part in counts:
+    if part.name in apart:  # A layer for each round, as in `nn.scan`.
+      summed += [
+        dataclasses.replace(
+          jax.tree.map(lambda a: a[i], part),  # noqa: B023
+          name=f'{part.name}/{i}',
+        )
+        for i in range(settings['length'])
+      ]
+    else:
+      summed.append(jax.tree.map(_sum_first, part))
+  return [*carry, *stacked], summed
+
+
+def _sum_first(a):
+  return jnp.sum(a, 0, dtype=a.dtype)
 
 
 def _run_cond(equation, arguments, origins, largest):
