@@ -63,7 +63,7 @@ MULTIPLY_ACCUMULATE = 4.6
     'inputs',
     'examples',
     'connections',
-  ),  # fmt: skip
+  ),
 )
 @dataclasses.dataclass(frozen=True)
 class Count:
@@ -251,7 +251,7 @@ def total(
       f'{num_examples=}, {num_steps=}.'
     )
   by_name: dict[str, list[Count]] = {}
-  for part in counts:
+  for part in jax.device_get(counts):
     by_name.setdefault(part.name, []).append(part)
   layers = {}
   for name, parts in by_name.items():
@@ -264,7 +264,7 @@ def total(
       )
       for field in ('inputs', 'examples', 'connections')
     )
-    active = sum(int(np.asarray(part.active).sum(dtype=int)) for part in parts)
+    active = sum(int(np.sum(part.active, dtype=np.int64)) for part in parts)
     multiplies = any(int(part.multiplied) for part in parts)
     operations = connections if multiplies else sum(map(_reached, parts))
     repeats = 1 if examples % (num_examples * num_steps) else num_steps
