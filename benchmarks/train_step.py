@@ -8,15 +8,12 @@ with the neurons' own backward pass, with the scan left to autodiff, and with
 the options that the job compiles with on CPU; and the time of PyTorch.
 """
 
-import functools
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from benchmarks import pytorch, timing
-from dsatgo_jax import losses, models, neurons
+from dsatgo_jax import losses, models
 from train.step import CPU_OPTIONS
 
 NETWORKS = {
@@ -72,9 +69,9 @@ def measure(arguments):
       'ReLU': compiled(relu_twin(network)(**settings), shape),
       'spiking': compiled(network(**settings), shape),
     }
-    plain = functools.partial(neurons.run, fused=False)
-    with mock.patch.object(neurons, 'run', plain):
-      steps['spiking, autodiff'] = compiled(network(**settings), shape)
+    steps['spiking, autodiff'] = compiled(
+      network(fused=False, **settings), shape
+    )
     for name, net in (('ReLU', relu_twin(network)), ('spiking', network)):
       steps[f"{name}, the job's options"] = compiled(
         net(**settings), shape, CPU_OPTIONS
