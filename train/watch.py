@@ -1,0 +1,126 @@
+"""A look inside the network at one batch: what neurons do, what gradients do.
+
+A program of its own beside the training step, which stays what it is: it takes
+the state and the batch of a step, before the step runs, and gives no state.
+"""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from dsatgo_jax.analysis import activity, flow
+from train import step as step_lib
+
+
+def watch_step(variables, batch, *, model, loss, mean, std, train):
+  """Measures activity, membranes and gradients of the mean loss.
+
+  Args:
+    variables: params and batch_stats.
+    batch: each device's part.
+    model: with statistics over `AXIS`.
+    loss: of the steps.
+    mean: of the data.
+    std: of the data.
+    train: whether with the batch's statistics and thresholds, or the running
+      ones.
+
+  Returns:
+    Of the whole batch, layers in the order of the network:
+
+        activity       {layer: what `linen` sows into `spiking`, [T] or ()}
+        flow           {layer: `flow.summary`, [T]}
+        histograms     {layer: shares of u - theta between `EDGES`, [T, bins]}
+        gradient_norm  {parameter: ()}
+  """
+  images = step_lib.prepare(batch['image'], mean, std)
+  zeros = flow.zeros(model, variables, images, train=train)
+
+  def forward(params, zeros):
+    logits, told = model.apply(
+      variables | zeros | {'params': params},
+      images,
+      train=train,
+      mutable=['batch_stats', 'spiking', 'histograms'],
+    )
+    # Here their order is still that of the network.
+    told = {name: _by_layer(told[name]) for name in ('spiking', 'histograms')}
+    return jnp.mean(loss(logits, batch['label'])), told
+
+  (params, probes), told = jax.grad(forward, (0, 1), has_aux=True)(
+    variables['params'], zeros
+  )
+  params = jax.lax.pmean(params, step_lib.AXIS)
+  probes = flow.pooled(probes['flow'], step_lib.AXIS)
+  paths = {_short(name): one for name, one in flow.summary(probes).items()}
+  layers = told['spiking']
+  return {
+    'activity': layers,
+    'flow': collections.OrderedDict((name, paths[name]) for name in layers),
+    'histograms': collections.OrderedDict(
+      (name, one['membrane']) for name, one in told['histograms'].items()
+    ),
+    'gradient_norm': {
+      name: _norm(a)
+      for name, a in traverse_util.flatten_dict(params, sep='/').items()
+    },
+  }
+
+
+def create_watch_step(config, facts, train=True):
+  """Returns `watch_step` of `(variables, batch)`, over all local devices."""
+  model = step_lib.create_model(config, facts['num_classes'], step_lib.AXIS)
+  return step_lib.pmapped(
+    functools.partial(
+      watch_step,
+      model=model,
+      train=train,
+      **step_lib.objective(config, facts),
+    )
+  )
+
+
+def is_due(config, step):
+  """Whether a step is watched: the first one, and every N-th."""
+  every = config.watch_every
+  return bool(every) and (step == 1 or step % every == 0)
+
+
+def shares(layer):
+  """The paths' parts in what reached a layer's membranes at all timesteps.
+
+  Args:
+    layer: of `flow`, as numbers.
+
+  Returns:
+    `{path: share}` of the sum of the three norms; None of no gradient.
+  """
+  norms = {name: _root(layer[name]) for name in ('spatial', 'leak', 'reset')}
+  total = sum(norms.values())
+  return {name: x / total if total else None for name, x in norms.items()}
+
+
+def _root(values):
+  """The norm over timesteps; what is not finite is None, and left out."""
+  return sum(x**2 for x in values if x is not None) ** 0.5
+
+
+def _by_layer(collection):
+  return collections.OrderedDict(
+    (_short(name), layer)
+    for name, layer in activity.by_layer(collection).items()
+  )
+
+
+def _short(layer):
+  return layer.removesuffix('/neuron')
+
+
+def _norm(a):
+  """The norm of an array, also where its squares would vanish."""
+  largest = jnp.max(jnp.abs(a))
+  scale = jnp.where(largest > 0, largest, 1)
+  return scale * jnp.sqrt(jnp.sum(jnp.square(a / scale)))
