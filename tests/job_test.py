@@ -27,6 +27,7 @@ TINY = (
   '--config.model_args.stages=((4,),(4,))',
   '--config.validation_fraction=0.25',
   '--config.log_every=1',
+  '--config.watch_every=5',
 )
 
 
@@ -85,7 +86,7 @@ def test_a_run_prints_its_result_and_times_and_leaves_a_report(finished):
   for name in ('import', 'data', 'compile', 'train', 'evaluate', 'report'):
     assert f'{name} ' in last
   assert (workdir / 'report.html').stat().st_size > 10_000
-  assert len(list((workdir / 'plots').glob('*.png'))) == 5
+  assert len(list((workdir / 'plots').glob('*.png'))) == 8
   assert list((workdir / 'tensorboard').iterdir())
 
 

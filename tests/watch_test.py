@@ -106,13 +106,6 @@ def test_the_first_step_is_watched_and_every_nth():
   assert not any(watch.is_due(tiny.config(), step) for step in range(1, 17))
 
 
-def test_shares_of_paths():
-  layer = {'spatial': [3.0, 4.0], 'leak': [4.0, None], 'reset': [1.0, 0.0]}
-  assert watch.shares(layer) == {'spatial': 0.5, 'leak': 0.4, 'reset': 0.1}
-  none = dict.fromkeys(layer, [0.0, 0.0])
-  assert watch.shares(none) == dict.fromkeys(layer)
-
-
 # What is written.
 
 
@@ -125,6 +118,15 @@ def test_numbers_of_json():
   assert metrics.numbers(found) == found
   half = metrics.numbers(jnp.array([0.5], jnp.bfloat16))
   assert half == [0.5] and isinstance(half[0], float)
+
+
+def test_shares_of_paths():
+  layer = {'spatial': [3.0, 4.0], 'leak': [4.0, 0.0], 'reset': [1.0, 0.0]}
+  found = metrics.path_shares(layer)
+  assert found == {'spatial': 0.5, 'leak': 0.4, 'reset': 0.1}
+  for values in [0.0, 0.0], [1.0, None]:
+    found = metrics.path_shares(dict.fromkeys(layer, values))
+    assert np.isnan(list(found.values())).all()
 
 
 def events(workdir):

@@ -80,6 +80,26 @@ def numbers(tree):
   return numbers(np.asarray(tree, np.float64).tolist())
 
 
+def path_shares(layer):
+  """The parts of the gradient's paths into a layer's membranes.
+
+  Args:
+    layer: of what was watched of the `flow`, as numbers.
+
+  Returns:
+    `{path: share}` of the sum of their norms over all timesteps; NaN where no
+    gradient came.
+  """
+  norms = {path: norm(layer[path]) for path in ('spatial', 'leak', 'reset')}
+  total = sum(norms.values()) or math.nan
+  return {path: value / total for path, value in norms.items()}
+
+
+def norm(values):
+  """The norm of numbers; NaN where one is None."""
+  return float(np.linalg.norm(np.array(values, float)))
+
+
 def histograms(layers):
   """Yields `(name, arguments)` of TensorBoard's histograms.
 

@@ -89,25 +89,6 @@ def is_due(config, step):
   return bool(every) and (step == 1 or step % every == 0)
 
 
-def shares(layer):
-  """The paths' parts in what reached a layer's membranes at all timesteps.
-
-  Args:
-    layer: of `flow`, as numbers.
-
-  Returns:
-    `{path: share}` of the sum of the three norms; None of no gradient.
-  """
-  norms = {name: _root(layer[name]) for name in ('spatial', 'leak', 'reset')}
-  total = sum(norms.values())
-  return {name: x / total if total else None for name, x in norms.items()}
-
-
-def _root(values):
-  """The norm over timesteps; what is not finite is None, and left out."""
-  return sum(x**2 for x in values if x is not None) ** 0.5
-
-
 def _by_layer(collection):
   return collections.OrderedDict(
     (_short(name), layer)
