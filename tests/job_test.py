@@ -11,14 +11,11 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from tests import tiny
 from train import checkpoints, evaluate, lock, metrics
-from train import step as step_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (
@@ -215,54 +212,19 @@ def test_evaluate_prints_tables(finished):
     assert mean == pytest.approx((first + second) / 2, abs=0.011)
 
 
-def test_evaluate_tells_how_gradients_flow(finished, tmp_path):
+def test_evaluate_prints_gradients_and_energy_where_asked(finished):
   workdir, *_ = finished
-  tell = 'evaluate', f'--workdir={workdir}', '--flow'
-  lines = run(*tell)[0].splitlines()
-  norms, shares = lines[-7:-4], lines[-3:]
-  assert norms[0].split()[-3:] == ['t=1', 't=2', 'all']
-  assert norms[0].startswith('norm of dL/du, 8 examples')
-  assert shares[0].split()[-3:] == ['spatial', 'leak', 'reset']
-  found = json.loads(run(*tell, '--json')[0])['flow']
-  for row, (layer, told) in zip(
-    norms[1:], found['layers'].items(), strict=True
-  ):
-    name, *values = row.split()
-    first, second, both = map(float, values)
-    assert name == layer and both == pytest.approx(
-      np.hypot(first, second), 0.01
-    )
-    assert [first, second] == pytest.approx(told['u'], rel=0.01)
-  for row, (layer, told) in zip(
-    shares[1:], found['shares'].items(), strict=True
-  ):
-    name, *percent = row.split()
-    assert name == layer and sum(map(float, percent)) == pytest.approx(
-      100, 0.01
-    )
-    assert sum(told.values()) == pytest.approx(1)
-  assert found['layers']['conv0']['cosine_spatial_leak'][-1] is None
-
-  # The gradient of the last bias, of eight examples spread over the split.
-  state, info = checkpoints.restore(workdir)
-  arrays = np.load(info['config']['data_path'])
-  chosen = np.arange(8) * 21 // 8
-  images = step_lib.prepare(
-    arrays['x_test'][chosen][..., None], info['data']['mean'][0],
-    info['data']['std'][0],
-  )  # fmt: skip
-  model = step_lib.create_model(ConfigDict(info['config']), 3)
-  logits = model.apply(
-    {name: state[name] for name in ('params', 'batch_stats')}, images
-  ).mean(0)
-  target = 0.9 * np.eye(3)[arrays['y_test'][chosen]] + 0.1 / 3
-  residual = np.asarray(jax.nn.softmax(logits)) - target
-  assert found['gradient_norm']['classifier/bias'] == pytest.approx(
-    np.linalg.norm(residual.mean(0)), rel=1e-4
-  )
-  few = tiny.save(tmp_path / 'few.npz', train=5, test=2)
-  with pytest.raises(ValueError, match='for each of 4 devices, got 2'):
-    evaluate.evaluate(workdir, data_path=few, flow=True)
+  out, _ = run('evaluate', f'--workdir={workdir}', '--flow', '--energy')
+  first, *tables = out.split('\n\n')
+  assert '21 test examples' in first
+  titles = [table.split('  ')[0] for table in tables]
+  assert titles == [
+    'firing rate, %',
+    'in the gradient window, %',
+    'norm of dL/du, 8 examples',
+    'shares of the paths, %',
+    'operations, an example',
+  ]
 
 
 def test_the_same_command_again_says_that_the_run_is_finished(finished, npz):

@@ -1,7 +1,8 @@
-"""A look inside the network at one batch: what neurons do, what gradients do.
+"""A look inside the network: what neurons do, gradients do, and spikes cost.
 
-A program of its own beside the training step, which stays what it is: it takes
-the state and the batch of a step, before the step runs, and gives no state.
+`watch_step` is a program of its own beside the training step, which stays what
+it is: it takes the state and the batch of a step, before the step runs, and
+gives no state.
 """
 
 import collections
@@ -9,9 +10,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
-from dsatgo_jax.analysis import activity, flow
+from dsatgo_jax.analysis import activity, energy, flow
 from train import step as step_lib
 
 
@@ -81,6 +83,51 @@ def create_watch_step(config, facts, train=True):
       **step_lib.objective(config, facts),
     )
   )
+
+
+def energy_step(variables, batch, *, model, mean, std):
+  """Counts the spikes of the examples of a batch that are not padding.
+
+  Args:
+    variables: params and batch_stats.
+    batch: each device's part, with a mask.
+    model: without an axis; examples are counted one by one.
+    mean: of the data.
+    std: of the data.
+
+  Returns:
+    `(num_examples, energy.count)` of the whole batch.
+  """
+
+  def count(image):
+    images = step_lib.prepare(image[None], mean, std)
+    return energy.count(model.apply, variables, images)
+
+  mask = batch['mask'].astype(jnp.int32)
+  counts = jax.vmap(count)(batch['image'])
+  sums = jax.tree.map(lambda x: jnp.tensordot(mask, x, 1), counts)
+  return jax.lax.psum((jnp.sum(mask), sums), step_lib.AXIS)
+
+
+def create_energy_step(config, facts):
+  """Returns `energy_step` of `(variables, batch)`, over all local devices."""
+  model = step_lib.create_model(config, facts['num_classes'])
+  settings = step_lib.objective(config, facts)
+  del settings['loss']
+  return step_lib.pmapped(
+    functools.partial(energy_step, model=model, **settings)
+  )
+
+
+def measure_energy(config, facts, variables, batches):
+  """Returns the `energy.Energy` of an example, the mean over all batches."""
+  run = step_lib.compiled(create_energy_step(config, facts))
+  sums = None
+  for batch in step_lib.on_devices(batches):
+    found = jax.tree.map(np.int64, jax.device_get(run(variables, batch)))
+    sums = found if sums is None else jax.tree.map(np.add, sums, found)
+  num_examples, counts = sums
+  return energy.total(counts, int(num_examples), config.num_steps)
 
 
 def is_due(config, step):
