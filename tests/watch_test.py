@@ -91,6 +91,19 @@ def test_layers_come_in_the_order_of_the_network():
     assert list(shapes[name]) == [f'conv{i}' for i in range(12)]
 
 
+def test_a_gpu_could_run_it():
+  config = tiny.config(dtype='bfloat16')
+  state, _ = step_lib.create_train_step(config, FACTS, 10)
+  batch = step_lib.unmasked(on_devices(batch_of(8)))
+  for step in (
+    watch.create_watch_step(config, FACTS),
+    watch.create_energy_step(config, FACTS),
+  ):
+    lower = jax.export.export(jax.jit(step), platforms=['cuda'])
+    exported = lower(step_lib.variables(state), batch)
+    assert exported.platforms == ('cuda',) and exported.nr_devices == 4
+
+
 def test_norms_of_faint_and_of_missing_gradients():
   for values in ([3e-30, 4e-30], [0.0, 0.0], [3e30, 4e30]):
     np.testing.assert_allclose(
