@@ -244,6 +244,14 @@ def test_names_that_begin_alike_are_layers_of_their_own():
   assert found == {'conv1': 5, 'conv10': 7}
 
 
+def test_of_many_timesteps_some_are_named():
+  lines = [{'watch': watched_of(['conv'], 35, np.random.default_rng(0))}]
+  (legend,) = figures.membranes(lines).legends
+  names = [text.get_text() for text in legend.texts]
+  assert names == [f't = {t}' for t in range(1, 36, 4)]
+  assert not figures.gradient_flow(lines).axes[0].texts
+
+
 def test_membranes_are_drawn_with_their_window():
   rng = np.random.default_rng(0)
   watched = watched_of(NAMES[:5], 3, rng)
@@ -263,8 +271,9 @@ def test_membranes_are_drawn_with_their_window():
 @pytest.mark.parametrize('value', [0.0, None])
 def test_gradients_that_vanish_or_are_not_finite_can_be_drawn(value):
   watched = watched_of(NAMES[:2], 5, np.random.default_rng(0))
-  for layer in watched['flow'].values():
-    layer.update({name: [value] * 5 for name in layer})
+  for kind in 'flow', 'activity':
+    for layer in watched[kind].values():
+      layer.update({name: [value] * 5 for name in layer})
   norms = watched['gradient_norm']
   norms.update(dict.fromkeys(norms, value))
   lines = [{'epoch': epoch, 'watch': watched} for epoch in range(2)]

@@ -145,7 +145,8 @@ def gradient_flow(lines):
     np.ma.masked_invalid(np.where(values > 0, values, np.nan)),
     aspect='auto', cmap='viridis', norm=decades(values),
   )  # fmt: skip
-  for (row, column), value in np.ndenumerate(values):
+  legible = values if values.shape[1] <= 12 else np.empty(0)
+  for (row, column), value in np.ndenumerate(legible):
     dark = value > 0 and image.norm(value) <= 0.5
     left.text(
       column, row, short(value), color='white' if dark else 'black',
@@ -239,34 +240,40 @@ def membranes(lines):
   watched = lines[-1]['watch']
   layers = watched['histograms']
   edges = np.array(statistics.EDGES)
-  width = edges[1] - edges[0]
-  edges = np.concatenate([[edges[0] - width], edges, [edges[-1] + width]])
+  bin_width = edges[1] - edges[0]
+  edges = [edges[0] - bin_width, *edges, edges[-1] + bin_width]
   shares = 100 * np.array(list(layers.values()), float)  # [layers, T, bins]
   inside = np.flatnonzero(shares.max((0, 1)) > 0.05)
   columns = min(4, len(layers))
   rows = -(-len(layers) // columns)
   figure = Figure(figsize=(9, 0.9 + 1.6 * rows))
   axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
-  times = [f't = {t}' for t in range(1, shares.shape[1] + 1)]
+  times = range(1, shares.shape[1] + 1)
+  labelled = times[:: -(-len(times) // 10)]
   for axis, (layer, of_layer) in zip(
     axes.flat, zip(layers, shares, strict=True), strict=False
   ):
     told = watched['activity'][layer]
-    half = np.mean(told['width']) / 2
-    axis.axvspan(-half, half, color='0.85', linewidth=0)
+    width, window = (
+      np.mean(np.array(told[name], float))
+      for name in ('width', 'gradient_share')
+    )
+    axis.axvspan(-width / 2, width / 2, color='0.85', linewidth=0)
     axis.axvline(0, color='0.4', linewidth=0.8)
-    for percent, colour, time in zip(
+    for percent, colour, t in zip(
       of_layer, in_order(times), times, strict=True
     ):
-      axis.stairs(percent, edges, color=colour, linewidth=1, label=time)
-    window = 100 * np.mean(told['gradient_share'])
-    axis.set_title(f'{layer}: {window:.0f} % in grey', fontsize=8)
+      label = f't = {t}' if t in labelled else None
+      axis.stairs(percent, edges, color=colour, linewidth=1, label=label)
+    axis.set_title(f'{layer}: {100 * window:.0f} % in grey', fontsize=8)
     axis.tick_params(labelsize=7)
     axis.set_xlim(edges[inside[0]], edges[inside[-1] + 1])
   for axis in axes.flat[len(layers) :]:
     axis.set_axis_off()
+  for axis in axes.flat[len(layers) - columns : len(layers)]:
+    axis.tick_params(labelbottom=True)  # The lowest one of its column.
   figure.supxlabel(r'membrane from the threshold, $u - \theta$', fontsize=9)
-  figure.supylabel(f'neurons in a bin of {width:g}, %', fontsize=9)
+  figure.supylabel(f'neurons in a bin of {bin_width:g}, %', fontsize=9)
   figure.legend(
     *axes.flat[0].get_legend_handles_labels(),
     loc='outside upper center', ncols=10, frameon=False,

@@ -1,8 +1,9 @@
 """A look inside the network: what neurons do, gradients do, and spikes cost.
 
-`watch_step` is a program of its own beside the training step, which stays what
-it is: it takes the state and the batch of a step, before the step runs, and
-gives no state.
+`config.watch_every = N` watches the first step of a run and every N-th: what
+`watch_step` returns goes into a line of `metrics.jsonl`, to TensorBoard and
+into the report. It is a program of its own beside the training step, which
+stays what it is; it takes the state and the batch of a step, before that runs.
 """
 
 import collections
