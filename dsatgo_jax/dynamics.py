@@ -167,7 +167,10 @@ def scanned(scan, settings, x, v, t, parameters, running, mask):
     ):
       measured = statistics.measure(u, settings.axis_name, mask)
     theta, signal, width = levels(method, measured, running, parameters, t)
-    spikes, v = fire(settings, (u, u, u), theta, width, parameters)
+    # Zero, and NaN where a membrane or a level is infinite or undefined.
+    known = u - theta if running is not None or not measured else measured.std
+    nothing = lax.stop_gradient(known - known)
+    spikes, v = fire(settings, (u, u, u), theta, width, parameters, nothing)
     record = Record(theta, signal, width, measured)
     pooled = {'axis_name': settings.axis_name, 'mask': mask}
     if 'activity' in settings.record:
@@ -235,24 +238,18 @@ RESETS = {
 PATHS = ('spatial', 'leak', 'reset')
 
 
-def fire(settings, u, theta, width, parameters):
+def fire(settings, u, theta, width, parameters, nothing=0.0):
   """Spikes, and the membrane after the reset; `u` once for each of `PATHS`."""
   spatial, leak, reset = u
-  spikes = fired = _spike(settings, spatial, theta, width)
+  spikes = fired = settings.surrogate(spatial - theta, width) + nothing
   if reset is not spatial:
-    fired = _spike(settings, reset, theta, width)
+    fired = settings.surrogate(reset - theta, width) + nothing
   spikes, leak, fired = (
     _passed(settings, parameters, i, a)
     for i, a in enumerate((spikes, leak, fired))
   )
   v = RESETS[settings.reset](leak, fired, theta, parameters.decay)
   return spikes.astype(settings.dtype), v
-
-
-def _spike(settings, u, theta, width):
-  x = u - theta
-  # Not a number where x is infinite or undefined, else nothing.
-  return settings.surrogate(x, width) + lax.stop_gradient(x - x)
 
 
 def _passed(settings, parameters, path, a):

@@ -65,7 +65,7 @@ def _forward(settings, x, v, t, parameters, running, mask, probes):
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(settings, residuals, cotangents):
   x, v, t, parameters, running, measured, probes = residuals
-  g_spikes, g_v, _ = cotangents
+  g_spikes, g_v, g_record = cotangents
   (parameters, probes), pool = jax.vjp(
     functools.partial(xla.vary_like, x), (parameters, probes)
   )
@@ -125,8 +125,12 @@ def _backward(settings, residuals, cotangents):
   )
   later = sample(g_v)[None] if 'reach' in probes else None
   for i in reversed(range(len(x))):
+    if g_record.v is not None:
+      g_v += g_record.v[i]
     parts, g_here, slope = back(before[i], x[i], known[i], g_spikes[i], g_v)
     g = functools.reduce(jnp.add, parts)
+    if g_record.u is not None:
+      g += g_record.u[i]
     if 'paths' in probes:
       row = tell.paths(parts, g_spikes[i], probes['paths'][i])
       told['paths'].append(row)

@@ -19,7 +19,7 @@ costs nothing where they are not:
                 at no timestep and at every one
     histograms  membrane: shares of `u - theta` below, between and above
                 `statistics.EDGES`, [T, bins]
-    membranes   u, v and spikes, [T, B, ...]
+    membranes   u, v and spikes, [T, B, ...], with their gradients
 
 Gradients are told of through zeros in the collection `flow` (see `probes` and
 `analysis.flow`), and cut by gates in the collection `cuts`.

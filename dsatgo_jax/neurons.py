@@ -146,7 +146,7 @@ def run(
 
   Returns:
     Spikes [T, B, ...], the state after the last timestep, and the `Record`,
-    each of its fields [T]. Theta and width carry no gradient here.
+    each of its fields [T]. Of these u and v alone carry a gradient.
 
   Raises:
     ValueError: x has no batch axis or is not floating point; a parameter does
@@ -220,7 +220,8 @@ def _run(settings, fused, x, state, parameters, running, mask, probes):
   if 's' in probes:
     spikes += probes['s'].astype(spikes.dtype)
   state = NeuronState(v, state.t + x.shape[0])
-  return spikes, state, lax.stop_gradient(happened)
+  membranes = {'u': happened.u, 'v': happened.v}
+  return spikes, state, lax.stop_gradient(happened)._replace(**membranes)
 
 
 def _chosen(name, chosen, known):

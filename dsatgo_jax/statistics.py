@@ -204,11 +204,9 @@ def _near_mean(x, per, mask):
 def sums(terms: tuple[jax.Array, ...], per: int = 0) -> tuple[jax.Array, ...]:
   """The sum of each term over all but the last `per` axes.
 
-  All in one pass, if there are at most three: more XLA does not make vectors
-  of on CPU.
-
   Args:
-    terms: arrays of one shape and dtype.
+    terms: at most three arrays of one shape and dtype: of more XLA's CPU
+      compiler makes no vectors.
     per: how many of the last axes are kept apart.
 
   Returns:
@@ -220,12 +218,23 @@ def sums(terms: tuple[jax.Array, ...], per: int = 0) -> tuple[jax.Array, ...]:
   length = x.shape[axis] if x.ndim > 2 else None
   if not isinstance(length, int) or length > 1024:  # Or it is symbolic.
     return tuple(jnp.sum(term, axes) for term in terms)
-  # XLA makes vectors of a reduction over a short inner axis, and over one that
-  # is not the batch it leaves a sharded batch where it is.
-  partial = lax.reduce(
-    terms, (jnp.zeros_like(x, shape=()),) * len(terms), _add_each, (axis,)
-  )
-  return tuple(jnp.sum(term, axes[:-1]) for term in partial)
+
+  def at_once(*terms):
+    # XLA makes vectors of a reduction over a short inner axis.
+    zeros = (jnp.zeros_like(x, shape=()),) * len(terms)
+    partial = lax.reduce(terms, zeros, _add_each, (axis,))
+    return tuple(jnp.sum(term, axes[:-1]) for term in partial)
+
+  def in_pairs(*terms):
+    # Each reduction takes a GPU several kernels; of a complex number, too.
+    single, pairs = terms[: len(terms) % 2], terms[len(terms) % 2 :]
+    total = [jnp.sum(term, axes) for term in single]
+    for pair in zip(pairs[::2], pairs[1::2], strict=True):
+      both = jnp.sum(lax.complex(*pair), axes)
+      total += [both.real, both.imag]
+    return tuple(total)
+
+  return lax.platform_dependent(*terms, cpu=at_once, default=in_pairs)
 
 
 def _add_each(a, b):

@@ -507,6 +507,32 @@ def test_a_mask_over_a_mapped_axis():
     close(jax.tree.map(lambda a, i=i: a[i], pooled), record, 1e-5)
 
 
+@pytest.mark.parametrize('num_steps', [3, 18])
+@float64
+def test_recorded_membranes_have_gradients(num_steps):
+  """For a loss on them; in both ways of the scan."""
+  x, weights = normal(2, num_steps, 4, 3)
+
+  def loss(x, decay, fused):
+    spikes, _, record = neurons.run(
+      x, Parameters(decay), record=['membrane'], fused=fused
+    )
+    return jnp.sum(weights * (spikes + record.u**2 + jnp.sin(record.v)))
+
+  gradients = [
+    jax.jit(jax.grad(functools.partial(loss, fused=fused), (0, 1)))(
+      jnp.asarray(x), 0.6
+    )
+    for fused in (True, False)
+  ]
+  close(*gradients)
+  # By the last timestep alone: u and v are neither reset nor leak again.
+  last = jax.grad(lambda x: neurons.run(x, record=['membrane'])[2].u[-1].sum())(
+    jnp.asarray(x)
+  )
+  np.testing.assert_array_equal(last[-1], 1)
+
+
 # Second derivatives.
 
 

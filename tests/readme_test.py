@@ -29,4 +29,6 @@ def test_layout_names_what_is_there():
   layout = text.split('## Layout')[1].split('```')[1]
   names = re.findall(r'[a-z_]+(?:\.py|/)', layout)
   for name in names:
-    assert any(ROOT.glob(name)) or any(ROOT.glob(f'dsatgo_jax/{name}')), name
+    assert any(
+      any(ROOT.glob(folder + name)) for folder in ('', 'dsatgo_jax/', 'train/')
+    ), name
