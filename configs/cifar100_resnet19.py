@@ -77,5 +77,6 @@ def get_config():
 
   config.select_on = 'validation'  # The authors' program: 'test'.
   config.log_every = 100
+  config.watch_every = 0  # Steps; see train/watch.py. 0: never.
   config.profile = False
   return config

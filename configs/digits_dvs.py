@@ -68,5 +68,6 @@ def get_config():
 
   config.select_on = 'validation'
   config.log_every = 10
+  config.watch_every = 20  # Steps; see train/watch.py. 0: never.
   config.profile = False
   return config

@@ -27,6 +27,7 @@ TINY = (
   '--config.model_args.stages=((4,),(4,))',
   '--config.validation_fraction=0.25',
   '--config.log_every=1',
+  '--config.watch_every=5',
 )
 
 
@@ -85,7 +86,7 @@ def test_a_run_prints_its_result_and_times_and_leaves_a_report(finished):
   for name in ('import', 'data', 'compile', 'train', 'evaluate', 'report'):
     assert f'{name} ' in last
   assert (workdir / 'report.html').stat().st_size > 10_000
-  assert len(list((workdir / 'plots').glob('*.png'))) == 5
+  assert len(list((workdir / 'plots').glob('*.png'))) == 8
   assert list((workdir / 'tensorboard').iterdir())
 
 
@@ -209,6 +210,21 @@ def test_evaluate_prints_tables(finished):
     first, second, mean = map(float, values)
     assert 0 < first < 100
     assert mean == pytest.approx((first + second) / 2, abs=0.011)
+
+
+def test_evaluate_prints_gradients_and_energy_where_asked(finished):
+  workdir, *_ = finished
+  out, _ = run('evaluate', f'--workdir={workdir}', '--flow', '--energy')
+  first, *tables = out.split('\n\n')
+  assert '21 test examples' in first
+  titles = [table.split('  ')[0] for table in tables]
+  assert titles == [
+    'firing rate, %',
+    'in the gradient window, %',
+    'norm of dL/du, 8 examples',
+    'shares of the paths, %',
+    'operations, an example',
+  ]
 
 
 def test_the_same_command_again_says_that_the_run_is_finished(finished, npz):
@@ -374,7 +390,11 @@ def test_two_processes_train_as_one(npz, tmp_path):
   one, two = (metrics.read(tmp_path / name) for name in ('one', 'two_0'))
   assert [x['step'] for x in one] == [x['step'] for x in two]
   for a, b in zip(one, two, strict=True):
-    assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
+    if 'watch' in a:
+      a, b = (x['watch']['flow']['conv0']['u'] for x in (a, b))
+      assert a == pytest.approx(b, rel=0.1)
+    else:
+      assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
   assert one[-1]['validation_loss'] == pytest.approx(
     two[-1]['validation_loss'], rel=1e-2
   )

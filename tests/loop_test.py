@@ -24,26 +24,30 @@ def npz(tmp_path):
 def test_metrics_are_read_after_the_next_step_was_started():
   events = []
 
+  def watch(step, state, batch):
+    assert state == step - 1  # Before the step, which gives it away.
+    return f'{batch} watched' if step == 2 else None
+
   def run_step(state, batch):
     events.append(f'start {batch}')
     return state + 1, batch
 
-  def read(step, measured):
-    events.append(f'read {measured}')
+  def read(step, measured, watched):
+    events.append(f'read {watched or measured}')
     return step
 
   def run(must_stop):
     events.clear()
     return loop.run_epoch(
-      run_step, 0, iter('abcdef'), range(1, 4), read, must_stop
+      run_step, watch, 0, iter('abcdef'), range(1, 4), read, must_stop
     )
 
   assert run(lambda step: False) == (3, 'c', 3, False)
   assert events == [
-    'start a', 'start b', 'read a', 'start c', 'read b', 'read c'
+    'start a', 'start b', 'read a', 'start c', 'read b watched', 'read c'
   ]  # fmt: skip
   assert run(lambda step: step == 2) == (2, 'b', 2, True)
-  assert events == ['start a', 'start b', 'read a', 'read b']
+  assert events == ['start a', 'start b', 'read a', 'read b watched']
 
 
 def test_a_threshold_of_zero_or_less_is_warned_of_once(caplog):

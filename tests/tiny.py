@@ -16,6 +16,7 @@ def config(**fields):
     model_args={'stages': ((4,), (4,))},
     validation_fraction=0.25,
     log_every=2,
+    watch_every=0,
     warmup_epochs=0,
   )
   tiny.update(fields)

@@ -20,10 +20,13 @@ from jax.experimental import multihost_utils
 
 from train import checkpoints, data, lock, metrics, profile, settings
 from train import step as step_lib
+from train import watch as watch_lib
 
 
-def run_epoch(run_step, state, batches, steps, read, must_stop):
+def run_epoch(run_step, watch, state, batches, steps, read, must_stop):
   """Runs steps; the metrics of each are read after the next one was started.
+
+  `watch(step, state, batch)` comes before the step, which gives its state away.
 
   Returns:
     The state, the last batch, what `read` made of the last step, and whether to
@@ -32,11 +35,12 @@ def run_epoch(run_step, state, batches, steps, read, must_stop):
   pending = None
   for step in steps:
     batch = next(batches)
+    watched = watch(step, state, batch)
     with jax.profiler.StepTraceAnnotation('start', step_num=step):
       state, measured = run_step(state, batch)
     if pending:
       read(*pending)
-    pending = step, measured
+    pending = step, measured, watched
     if stopping := must_stop(step):
       break
   return state, batch, read(*pending), stopping
@@ -149,8 +153,13 @@ def run(config, workdir, seconds, main):
     batch = next(batches)
     run_step = step_lib.compiled(run_step)
     run_eval = step_lib.compiled(step_lib.create_eval_step(config, facts))
+    run_watch = None
+    if config.watch_every:
+      run_watch = step_lib.compiled(watch_lib.create_watch_step(config, facts))
     state = jax.device_put(host_state, step_lib.replicated())
     # Compiles; what comes out is dropped.
+    if run_watch:
+      jax.block_until_ready(run_watch(step_lib.variables(state), batch))
     jax.block_until_ready(
       run_eval(step_lib.variables(state), step_lib.unmasked(batch))
     )
@@ -183,9 +192,17 @@ def run(config, workdir, seconds, main):
         for which in ('latest', 'best')
       )
 
-    def read(step, scalars):
+    def watch(step, state, batch):
+      """Starts to measure what the step is about to change, where due."""
+      if watch_lib.is_due(config, step):
+        return run_watch(step_lib.variables(state), batch)
+      return None
+
+    def read(step, scalars, watched):
       """Waits for the metrics of a step; checks, counts and shows them."""
       line = {'step': step, 'epoch': step / steps_per_epoch}
+      if main and watched:  # Of a step that ends the run, too.
+        write(line | {'watch': metrics.numbers(jax.device_get(watched))})
       line |= {name: x.item() for name, x in jax.device_get(scalars).items()}
       for name in ('loss', 'gradient_norm'):
         if not math.isfinite(line[name]):
@@ -204,7 +221,7 @@ def run(config, workdir, seconds, main):
       before = seconds['train']
       with timed('train'):
         state, batch, line, stopping = run_epoch(
-          run_step, state, batches, steps, read, must_stop
+          run_step, watch, state, batches, steps, read, must_stop
         )
       step, is_best = line['step'], False
       if step == last:

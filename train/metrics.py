@@ -1,19 +1,23 @@
-"""Metrics: JSON lines, TensorBoard scalars and the progress bar."""
+"""Metrics: JSON lines, TensorBoard and the progress bar."""
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import sys
 import time
 
 import jax
+import numpy as np
 import tensorboardX
 import tqdm
 
+from dsatgo_jax import statistics
+
 
 def read(workdir):
-  """Returns the lines of `metrics.jsonl`, one dict a step, in their order.
+  """Returns the lines of `metrics.jsonl`, dicts with a `step`, in their order.
 
   A last line that a killed process left incomplete is not among them.
   """
@@ -28,6 +32,9 @@ def read(workdir):
 @contextlib.contextmanager
 def writer(workdir, step):
   """Yields `write(line)` for dicts with a `step`, numbers and lists of them.
+
+  What was watched, `line['watch']`, goes to TensorBoard without the rest of its
+  line, and its histograms as such.
 
   Args:
     workdir: gets `metrics.jsonl` and `tensorboard/`.
@@ -46,10 +53,78 @@ def writer(workdir, step):
     def write(line):
       file.write(json.dumps(line) + '\n')
       file.flush()
-      for name, value in scalars(line):
-        board.add_scalar(name, value, line['step'])
+      step, tree = line['step'], line
+      if 'watch' in line:
+        watched = dict(line['watch'])
+        for name, value in histograms(watched.pop('histograms')):
+          board.add_histogram_raw(f'watch/{name}', **value, global_step=step)
+        tree = {'watch': watched}
+      for name, value in scalars(tree):
+        if value is not None:
+          board.add_scalar(name, value, step)
 
     yield write
+
+
+def numbers(tree):
+  """Arrays in nested dicts as lists of numbers, to six digits.
+
+  What is not finite is None: JSON has no such number.
+  """
+  if isinstance(tree, dict):
+    return {name: numbers(value) for name, value in tree.items()}
+  if isinstance(tree, list):
+    return [numbers(value) for value in tree]
+  if isinstance(tree, float):
+    return float(f'{tree:.6g}') if math.isfinite(tree) else None
+  return numbers(np.asarray(tree, np.float64).tolist())
+
+
+def path_shares(layer):
+  """The parts of the gradient's paths into a layer's membranes.
+
+  Args:
+    layer: of what was watched of the `flow`, as numbers.
+
+  Returns:
+    `{path: share}` of the sum of their norms over all timesteps; NaN where no
+    gradient came.
+  """
+  norms = {path: norm(layer[path]) for path in ('spatial', 'leak', 'reset')}
+  total = sum(norms.values()) or math.nan
+  return {path: value / total for path, value in norms.items()}
+
+
+def norm(values):
+  """The norm of numbers; NaN where one is None."""
+  return float(np.linalg.norm(np.array(values, float)))
+
+
+def histograms(layers):
+  """Yields `(name, arguments)` of TensorBoard's histograms.
+
+  Args:
+    layers: `{layer: shares}` of `statistics.histogram`, [T, bins].
+  """
+  edges = np.array(statistics.EDGES)
+  width = edges[1] - edges[0]
+  # What is below all edges, and above, takes a bin at either end.
+  limits = np.append(edges, edges[-1] + width)
+  middles = limits - width / 2
+  for layer, shares in layers.items():
+    for t, percent in enumerate(100 * np.array(shares, float), start=1):
+      yield (
+        f'membrane/{layer}/t{t}',
+        {
+          'min': edges[0] - width,
+          'max': limits[-1],
+          'num': percent.sum(),
+          'sum': percent @ middles,
+          'sum_squares': percent @ middles**2,
+          'bucket_limits': limits.tolist(),
+          'bucket_counts': percent.tolist(),
+        },
+      )
 
 
 def scalars(tree, name=''):

@@ -18,7 +18,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
   'momentum', 'weight_decay', 'grad_clip_norm', 'label_smoothing',
-  'num_workers', 'seed',
+  'num_workers', 'seed', 'watch_every',
 )  # fmt: skip
 OTHERS = (
   'augment', 'data_dir', 'data_path', 'dataset', 'mean', 'method', 'model',
@@ -28,7 +28,7 @@ OTHERS = (
 # What may differ when a run is resumed; anything else would be another run.
 FREE = (
   'config.data_dir', 'config.data_path', 'config.log_every',
-  'config.num_workers', 'config.profile',
+  'config.num_workers', 'config.profile', 'config.watch_every',
 )  # fmt: skip
 
 
