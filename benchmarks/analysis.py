@@ -3,11 +3,12 @@
   python -m benchmarks.analysis [--json FILE] [--repeats N]
 
 Time (medians of interleaved repeats) and temporary memory (the compiler's
-`memory_analysis`) of loss and gradients: plain; with the activity of all layers,
-histograms included; with the norms, paths and cosines of their gradients; with
-both; with how far the gradients reach in time; and with the gradients of all
-membranes and spikes kept as arrays, which is what hooks do. Products with the
-Hessian beside a gradient: `benchmarks.curvature`.
+`memory_analysis`) of loss and gradients: plain; with the layers' activity,
+histograms included; with the norms, paths and cosines of their gradients, of a
+sample of the neurons (`flow.zeros(..., names=['sample'])`); with both; with
+those of all neurons; with how far the gradients reach in time; and with the
+gradients of all membranes and spikes kept as arrays, which is what hooks do.
+Products with the Hessian beside a gradient: `benchmarks.curvature`.
 """
 
 import jax
@@ -35,8 +36,9 @@ ACTIVITY = ('spiking', 'histograms')
 WAYS = {
   'plain': ((), ()),
   'activity': (ACTIVITY, ()),
-  'flow': ((), ('paths',)),
-  'both': (ACTIVITY, ('paths',)),
+  'flow, of a sample': ((), ('sample',)),
+  'both': (ACTIVITY, ('sample',)),
+  'flow, of all neurons': ((), ('paths',)),
   'flow and reach': ((), ('paths', 'reach')),
   'arrays kept': (('membranes',), ('u', 's')),
 }

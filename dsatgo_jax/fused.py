@@ -131,9 +131,12 @@ def _backward(settings, residuals, cotangents):
     g = functools.reduce(jnp.add, parts)
     if g_record.u is not None:
       g += g_record.u[i]
-    if 'paths' in probes:
-      row = tell.paths(parts, g_spikes[i], probes['paths'][i])
-      told['paths'].append(row)
+    for name in ('paths', 'sample'):
+      if name in probes:
+        seen = [*parts, g_spikes[i]]
+        seen = list(map(sample, seen)) if name == 'sample' else seen
+        row = tell.paths(seen[:-1], seen[-1], g.size, probes[name][i])
+        told[name].append(row)
     if 'reach' in probes:
       spatial, slope = sample(parts[0]), sample(slope)
       contributions = jnp.concatenate([spatial[None], slope * later])

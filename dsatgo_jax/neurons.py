@@ -28,7 +28,7 @@ from dsatgo_jax.dynamics import Parameters as Parameters
 from dsatgo_jax.dynamics import Record as Record
 from dsatgo_jax.dynamics import Running as Running
 from dsatgo_jax.dynamics import at_rest as at_rest
-from dsatgo_jax.probes import zeros
+from dsatgo_jax.probes import SUMS, zeros
 
 
 def step(
@@ -212,7 +212,7 @@ def _run(settings, fused, x, state, parameters, running, mask, probes):
     parameters = parameters._replace(norm=None)
   v = xla.vary_like(x, state.v.astype(parameters.decay.dtype))
   inputs = settings, x, v, state.t, parameters, running, mask
-  sums = {name: probes[name] for name in ('paths', 'reach') if name in probes}
+  sums = {name: probes[name] for name in SUMS if name in probes}
   if fused or sums:
     spikes, v, happened = fused_scan.run(*inputs, sums)
   else:

@@ -9,19 +9,24 @@ and parts of a batch. `analysis.flow` makes norms, shares and cosines of them.
 
     paths  [T, len(FIELDS)]  sums of squares and products of what reaches u[t]
                              by its three paths, and of dL/ds[t]
+    sample [T, len(FIELDS)]  the same of a sample of neurons, at less cost
     reach  [T, T + 1]        how much of the square of dL/du[t] came from the
                              spikes of 0 to T - 1 timesteps later, and, last,
-                             from beyond the end of x; of a sample of neurons
+                             from beyond the end of x; of such a sample
     u      [T, B, ...]       dL/du itself
     s      [T, B, ...]       dL/ds itself, what reaches the spikes from outside
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from dsatgo_jax import statistics, xla
+from dsatgo_jax import xla
 
-NAMES = ('paths', 'reach', 'u', 's')
+SUMS = ('paths', 'sample', 'reach')
+NAMES = (*SUMS, 'u', 's')
 
 # Sums over the neurons of a timestep: of products of the paths' cotangents, of
 # the entries of dL/du that are not zero, of the squares and entries not zero of
@@ -40,7 +45,7 @@ def zeros(name: str, x: jax.Array) -> jax.Array:
   """A probe.
 
   Args:
-    name: 'paths', 'reach', 'u' or 's'.
+    name: of `NAMES`.
     x: pre-synaptic input, [T, B, ...].
 
   Returns:
@@ -49,6 +54,7 @@ def zeros(name: str, x: jax.Array) -> jax.Array:
   num_steps = x.shape[0]
   shape = {
     'paths': (num_steps, len(FIELDS)),
+    'sample': (num_steps, len(FIELDS)),
     'reach': (num_steps, num_steps + 1),
     'u': x.shape,
     's': x.shape,
@@ -56,12 +62,14 @@ def zeros(name: str, x: jax.Array) -> jax.Array:
   return jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32))
 
 
-def paths(parts, g_spikes, zero):
+def paths(parts, g_spikes, num_neurons, zero):
   """The row of `FIELDS` of one timestep, squares multiplied by `SCALE` twice.
 
   Args:
-    parts: the cotangent of u by each of `dynamics.PATHS`, [B, ...] each.
-    g_spikes: the cotangent of the spikes, [B, ...].
+    parts: the cotangent of u by each of `dynamics.PATHS`, [B, ...] each, or of
+      a sample of the neurons.
+    g_spikes: the cotangent of the spikes, likewise.
+    num_neurons: how many the sums are to be of.
     zero: the probe's row.
 
   Returns:
@@ -70,13 +78,19 @@ def paths(parts, g_spikes, zero):
   scale = xla.unknown(SCALE, zero[0])
   a, b, c = (scale * part for part in parts)
   g_s = scale * g_spikes.astype(a.dtype)
-  nonzero = (a + b + c != 0).astype(a.dtype)
-  sums = (
-    *statistics.sums((a * a, b * b, c * c)),
-    *statistics.sums((a * b, a * c, b * c)),
-    *statistics.sums((nonzero, g_s * g_s, (g_s != 0).astype(a.dtype))),
-  )
-  return jnp.stack([*sums, jnp.asarray(a.size, a.dtype)])
+  # Products, which XLA's CPU compiler reads from memory: reductions it would
+  # fuse with all that the cotangents are made of.
+  dot = functools.partial(jnp.vdot, precision=lax.Precision.HIGHEST)
+  sums = [
+    *(dot(a, a), dot(b, b), dot(c, c)),
+    *(dot(a, b), dot(a, c), dot(b, c)),
+    jnp.count_nonzero(a + b + c),
+    dot(g_s, g_s),
+    jnp.count_nonzero(g_spikes),
+    a.size,
+  ]
+  sums = jnp.stack([jnp.asarray(total, a.dtype) for total in sums])
+  return sums * (num_neurons / a.size)
 
 
 def reach(contributions, g, num_steps):

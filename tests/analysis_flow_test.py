@@ -151,6 +151,29 @@ def test_paths_by_hand():
   np.testing.assert_allclose(found['u'][0], np.hypot(0.85, 0.44), rtol=1e-6)
 
 
+@float64
+def test_a_sample_of_many_neurons():
+  """Of all of them where they are few; else near to all, and from devices."""
+  x, g_spikes = normal(2, 3, 8, 64, 64)
+
+  def told(x, g_spikes, axis_name=None):
+    zeros = {n: probes.zeros(n, x) for n in ('paths', 'sample')}
+    run = functools.partial(neurons.run, axis_name=axis_name)
+    _, pull = jax.vjp(lambda z: run(x, probes=z)[0], zeros)
+    return pull(g_spikes)[0]
+
+  few = told(*(jnp.asarray(a[..., :4]) for a in (x, g_spikes)))
+  close(few['sample'], few['paths'])
+  many = told(jnp.asarray(x), jnp.asarray(g_spikes))
+  close(many['sample'], many['paths'], 0.05)
+  assert abs(many['sample'] - many['paths']).max() > 0
+  parts = (np.stack(np.split(a, 4, 1)) for a in (x, g_spikes))
+  apart = jax.vmap(functools.partial(told, axis_name='data'), axis_name='data')(
+    *parts
+  )
+  close(jax.tree.map(lambda a: a.sum(0), apart), many)
+
+
 @pytest.mark.parametrize('num_steps', [17, 24])
 @float64
 def test_long_recordings_in_chunks(num_steps):

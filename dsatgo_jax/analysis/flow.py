@@ -46,6 +46,7 @@ from jax import lax
 
 from dsatgo_jax import nnx as snnx
 from dsatgo_jax import probes, xla
+from dsatgo_jax.analysis import tree
 from dsatgo_jax.analysis.activity import by_layer
 from dsatgo_jax.dynamics import PATHS
 
@@ -66,7 +67,8 @@ def zeros(
     model: has neurons of `dsatgo_jax.linen` somewhere in it.
     variables: the model's.
     *args: arguments of the model, as in training; nothing is computed.
-    names: which `probes`: 'paths', 'reach'; 'u' and 's' for whole arrays.
+    names: which `probes`: 'paths', or 'sample' at less cost; 'reach'; 'u' and
+      's' for whole arrays.
     layers: of which layers, by path as `by_layer` names them; None for all.
     **kwargs: further arguments of the model.
 
@@ -111,7 +113,8 @@ def probed(
   Args:
     model: has neurons of `dsatgo_jax.nnx` somewhere in it.
     *args: arguments of the model, as in training; nothing is computed.
-    names: which `probes`: 'paths', 'reach'; 'u' and 's' for whole arrays.
+    names: which `probes`: 'paths', or 'sample' at less cost; 'reach'; 'u' and
+      's' for whole arrays.
     layers: of which layers, by path as `by_layer` names them; None for all.
     **kwargs: further arguments of the model.
 
@@ -182,8 +185,9 @@ def summary(gradients) -> dict[str, dict[str, jax.Array]]:
   layers = {}
   for layer, told in raw(gradients).items():
     found: dict[str, jax.Array] = {}
-    if 'paths' in told:
-      found |= _norms(told['paths'])
+    for name in ('sample', 'paths'):
+      if name in told:
+        found |= _norms(told[name])
     if 'reach' in told:
       total = jnp.sum(told['reach'], -1, keepdims=True)
       found['reach'] = told['reach'] / jnp.where(total > 0, total, 1)
@@ -241,8 +245,9 @@ def pooled(gradients, axis_name, local_mean: bool = True):
   def pool(path, a):
     if not xla.is_summed(a, axis_name):
       a = lax.psum(a, axis_name)
-    is_paths = 'paths' in jax.tree_util.keystr(path)
-    return a * jnp.where(squares, factor, 1) if is_paths else a * factor
+    if tree.keys(path)[-1].removeprefix(_PREFIX) == 'reach':
+      return a * factor
+    return a * jnp.where(squares, factor, 1)
 
   return jax.tree_util.tree_map_with_path(pool, gradients)
 
