@@ -298,7 +298,9 @@ def test_no_curvature_at_all():
 @float64
 def test_density():
   like = {'a': jnp.zeros(4), 'b': jnp.zeros(2)}
-  found = curvature.density(scaled, like, key=KEY, num_vectors=2000)
+  found = jax.jit(
+    lambda key: curvature.density(scaled, like, key=key, num_vectors=2000)
+  )(KEY)
   close(np.trapezoid(found.density, found.grid), 1.0, rtol=1e-3)
   close(found.weights.sum(1), jnp.ones(2000))
   for value in set(DIAGONAL):
@@ -319,12 +321,9 @@ def test_density_of_a_network(matrices):
   method = 'ds_atgo'
   values = np.linalg.eigvalsh(matrices(method)[0])
   found = curvature.density(
-    hessian_of(method), params_of(method), key=KEY, num_vectors=40
+    hessian_of(method), params_of(method), key=KEY, num_vectors=3
   )
   close(np.trapezoid(found.density, found.grid), 1.0, rtol=1e-3)
-  scale = np.mean(values**2)
-  second = np.sum(found.weights * found.nodes**2) / 40
-  assert second == pytest.approx(scale, rel=0.3)
   assert found.nodes.max() == pytest.approx(values[-1], rel=1e-6)
   assert found.nodes.min() == pytest.approx(values[0], rel=1e-6)
 
@@ -334,21 +333,18 @@ def test_trace(matrices):
   method = 'ds_atgo'
   hessian, gauss_newton, _ = matrices(method)
   params = params_of(method)
-  found = curvature.trace(hessian_of(method), params, key=KEY, num_vectors=100)
+  found = curvature.trace(hessian_of(method), params, key=KEY, num_vectors=50)
   assert 0 < found.error < 1
   assert abs(found.mean - np.trace(hessian)) < 4 * found.error
-  # Of less rank than vectors: exact.
   product = gauss_newton_of(method)
-  found = curvature.trace(
-    product, params, key=KEY, num_vectors=30, semidefinite=True
-  )
-  assert found.mean == pytest.approx(np.trace(gauss_newton), rel=1e-6)
   few = curvature.trace(
-    product, params, key=KEY, num_vectors=10, semidefinite=True
+    product, params, key=KEY, num_vectors=12, semidefinite=True
   )
-  plain = curvature.trace(product, params, key=KEY, num_vectors=10)
-  assert few.error < plain.error
-  assert few.mean == pytest.approx(np.trace(gauss_newton), rel=0.05)
+  plain = curvature.trace(product, params, key=KEY, num_vectors=12)
+  expected = np.trace(gauss_newton)
+  assert few.error < 0.1 * plain.error
+  assert few.mean == pytest.approx(expected, rel=0.01)
+  assert abs(plain.mean - expected) < 4 * plain.error
 
 
 # Whose models, and where.
@@ -394,8 +390,6 @@ def test_nnx():
   expected = np.linalg.eigvalsh(hessian)[-1]
   assert found.values[0] == pytest.approx(expected, rel=1e-3)
   chex.assert_trees_all_equal_structs(found.vectors, params)
-  gauss_newton = curvature.gnvp(model, top, params)
-  assert curvature.trace(gauss_newton, params, key=KEY).mean > 0
 
 
 MESH = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,))

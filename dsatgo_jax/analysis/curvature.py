@@ -174,7 +174,10 @@ def _hessian(loss, params, mode):
   gradient = jax.grad(_scalar(loss))
   if mode == 'forward':
     return jax.linearize(lambda params: (gradient(params),), params)[1]
-  return jax.vjp(gradient, params)[1]
+  # The transpose of the pullback is equal, the Hessian being symmetric, and has
+  # the convolutions of a forward pass; those of the pullback, with their
+  # kernels reversed, take XLA's CPU compiler ten times as long.
+  return _pushed(*jax.vjp(gradient, params))
 
 
 @jax.jit
@@ -222,13 +225,9 @@ def matrix(product: Callable, params) -> jax.Array:
   Returns:
     [n, n], in the order of `jax.flatten_util.ravel_pytree(params)`.
   """
-  return _matrix(_partial(product), params)
-
-
-@jax.jit
-def _matrix(product, params):
-  multiply, zeros, _ = _flat(product, params)
-  return lax.map(multiply, jnp.eye(zeros.size, dtype=zeros.dtype)).T
+  multiply, zeros, traced = _flat(product, params)
+  basis = jnp.eye(zeros.size, dtype=zeros.dtype)
+  return _map(multiply, basis, traced).T
 
 
 # What is estimated of a product, by matfree.
@@ -279,8 +278,11 @@ def eigenpairs(
       f'Expected 1 <= num <= num_matvecs <= {size}, the number of parameters, '
       f'got {num=}, {num_matvecs=}.'
     )
-  pairs = _ritz_pairs(_partial(product), params, key, num_matvecs)
-  return _first(params, *pairs, num, which)
+  multiply, zeros, traced = _flat(product, params, key)
+  start = jax.random.normal(key, zeros.shape, zeros.dtype)
+  return _first(
+    params, *_lanczos(multiply, start, num_matvecs, traced), num, which
+  )
 
 
 # What is sorted, upwards.
@@ -291,18 +293,10 @@ _ORDERS = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _ritz_pairs(product, params, key, num_matvecs):
-  multiply, zeros, _ = _flat(product, params)
-  start = jax.random.normal(key, zeros.shape, zeros.dtype)
-  return _lanczos(multiply, start, num_matvecs)
-
-
-# On its own, so that other pairs of the same matrix compile no product.
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _first(params, basis, values, vectors, residuals, num, which):
   first = jnp.argsort(_ORDERS[which](values))[:num]  # NaN comes last.
-  unravel = _flat(None, params)[-1]
+  _, unravel = _raveled(params)
   vectors = jax.vmap(unravel)(vectors[:, first].T @ basis)
   return Eigenpairs(values[first], vectors, residuals[first])
 
@@ -351,22 +345,20 @@ def density(
       f'Expected 1 <= num_matvecs <= {size}, the number of parameters, '
       f'got {num_matvecs=}.'
     )
-  return _density(
-    _partial(product), params, key, grid, width, num_vectors, num_matvecs
-  )
-
-
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def _density(product, params, key, grid, width, num_vectors, num_matvecs):
-  multiply, zeros, _ = _flat(product, params)
+  multiply, zeros, traced = _flat(product, params, key)
 
   def quadrature(key):
     start = jax.random.normal(key, zeros.shape, zeros.dtype)
-    _, nodes, vectors, _ = _lanczos(multiply, start, num_matvecs)
+    _, nodes, vectors, _ = _lanczos(multiply, start, num_matvecs, traced)
     real = jnp.isfinite(nodes)
     return jnp.where(real, nodes, 0), jnp.where(real, vectors[0] ** 2, 0)
 
-  nodes, weights = lax.map(quadrature, jax.random.split(key, num_vectors))
+  keys = jax.random.split(key, num_vectors)
+  return _broadened(*_map(quadrature, keys, traced), grid, width)
+
+
+@jax.jit
+def _broadened(nodes, weights, grid, width):
   low, high = (
     f(nodes, where=weights > 0, initial=initial)
     for f, initial in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
@@ -381,7 +373,7 @@ def _density(product, params, key, grid, width, num_vectors, num_matvecs):
   distance = (grid[:, None, None] - nodes) / width
   heights = jax.scipy.stats.norm.pdf(distance) / width
   return Density(
-    grid, jnp.sum(heights * weights, (1, 2)) / num_vectors, nodes, weights
+    grid, jnp.sum(heights * weights, (1, 2)) / len(nodes), nodes, weights
   )
 
 
@@ -423,33 +415,29 @@ def trace(
       + (f', and at most {most}, the number of parameters' * semidefinite)
       + f', got {num_vectors=}.'
     )
-  return _trace(_partial(product), params, key, num_vectors, semidefinite)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _trace(product, params, key, num_vectors, semidefinite):
   stochtrace = _matfree('stochtrace')
-  multiply, zeros, _ = _flat(product, params)
+  multiply, zeros, traced = _flat(product, params, key)
   if semidefinite:
     integrand = stochtrace.leave_one_out_xnystrace()
     sampler = stochtrace.sampler_normal(zeros, num=num_vectors)
-    one_by_one = jax.custom_batching.sequential_vmap(multiply)
-    return Estimate(
-      *stochtrace.estimator_leave_one_out_mean_and_sem(integrand, sampler)(
-        one_by_one, key
-      )
+    estimate = stochtrace.estimator_leave_one_out_mean_and_sem(
+      integrand, sampler
     )
+    one_by_one = jax.custom_batching.sequential_vmap(multiply)
+    with jax.disable_jit(not traced):
+      return Estimate(*estimate(one_by_one, key))
   integrand = stochtrace.monte_carlo_trace()
-  sampler = stochtrace.sampler_signs(zeros, num=1)
-  estimate = stochtrace.estimator_monte_carlo(integrand, sampler)
-  values = lax.map(
-    functools.partial(estimate, multiply), jax.random.split(key, num_vectors)
+  sample = stochtrace.sampler_signs(zeros, num=1)
+  values = _map(
+    lambda key: integrand(multiply, sample(key)[0]),
+    jax.random.split(key, num_vectors),
+    traced,
   )
-  error = jnp.std(values, ddof=1) / jnp.sqrt(num_vectors)
-  return Estimate(jnp.mean(values), error.astype(values.dtype))
+  error = jnp.std(values, ddof=1) / num_vectors**0.5
+  return Estimate(jnp.mean(values), error)
 
 
-def _lanczos(multiply, start, num_matvecs):
+def _lanczos(multiply, start, num_matvecs, traced):
   """Ritz pairs: basis [k, n], values [k], vectors [k, k], residuals [k].
 
   What lies beyond a Krylov space that ends before k is NaN.
@@ -457,7 +445,13 @@ def _lanczos(multiply, start, num_matvecs):
   decompose = _matfree('decomp').tridiag_sym(
     num_matvecs, materialize=False, custom_vjp=False
   )
-  basis, (diagonal, beside), rest, _ = decompose(multiply, start)
+  with jax.disable_jit(not traced):
+    basis, small, rest, _ = decompose(multiply, start)
+  return _ritz(basis, *small, rest)
+
+
+@jax.jit
+def _ritz(basis, diagonal, beside, rest):
   # Where the space ends, what comes next is rounding, and not orthogonal.
   overlap = jnp.max(jnp.abs(jnp.tril(basis @ basis.T, -1)), 1)
   there = jnp.cumprod(overlap < jnp.finfo(overlap.dtype).eps ** 0.5) > 0
@@ -479,21 +473,53 @@ def _lanczos(multiply, start, num_matvecs):
   return jnp.where(there[:, None], basis, 0), values, vectors, residuals
 
 
-def _flat(product, params):
-  """The product of flat vectors, a vector of zeros, and what unravels it."""
-  wide = jax.tree.map(
-    lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)),
-    params,
+# Outside `jit` all loops are Python's, and only the product is compiled. XLA's
+# CPU compiler does not bring convolutions into the form it has fast code for
+# where they are in a loop: a gradient takes fifty times as long there.
+
+
+def _flat(product, params, key=None):
+  """The product of flat vectors, a vector of zeros, and whether it is traced.
+
+  Vectors are at least float32.
+  """
+  product = product if isinstance(product, Partial) else Partial(product)
+  leaves = jax.tree.leaves((product, params, key))
+  # What is made here is a tracer within `jit`, where all may be constants.
+  traced = any(
+    isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jnp.zeros(()))
   )
-  zeros, unravel = ravel_pytree(wide)
+  zeros, _ = _raveled(params)
 
   def multiply(vector):
-    vector = jax.tree.map(
-      lambda v, a: v.astype(a.dtype), unravel(vector), params
-    )
-    return ravel_pytree(product(vector))[0].astype(zeros.dtype)
+    with jax.disable_jit(False):
+      return _multiply_flat(product, params, vector)
 
-  return multiply, zeros, unravel
+  return multiply, zeros, traced
+
+
+@jax.jit
+def _multiply_flat(product, params, vector):
+  _, unravel = _raveled(params)
+  tree = jax.tree.map(lambda v, a: v.astype(a.dtype), unravel(vector), params)
+  return ravel_pytree(product(tree))[0].astype(vector.dtype)
+
+
+def _raveled(params):
+  """A flat vector of zeros, at least float32, and what unravels it."""
+  return ravel_pytree(
+    jax.tree.map(
+      lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)),
+      params,
+    )
+  )
+
+
+def _map(function, xs, traced):
+  """`lax.map`, or a loop of Python's."""
+  if traced:
+    return lax.map(function, xs)
+  return jax.tree.map(lambda *a: jnp.stack(a), *map(function, xs))
 
 
 def _partial(function):
