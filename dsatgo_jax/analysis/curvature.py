@@ -30,6 +30,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
@@ -473,9 +474,10 @@ def _ritz(basis, diagonal, beside, rest):
   return jnp.where(there[:, None], basis, 0), values, vectors, residuals
 
 
-# Outside `jit` all loops are Python's, and only the product is compiled. XLA's
-# CPU compiler does not bring convolutions into the form it has fast code for
-# where they are in a loop: a gradient takes fifty times as long there.
+# Outside `jit` all loops are Python's, by `jax.disable_jit`, and the product in
+# them is compiled, by a primitive that runs it as it is. XLA's CPU compiler
+# brings convolutions into the form that it has fast code for only where they
+# are in no loop: a gradient takes fifty times as long in one.
 
 
 def _flat(product, params, key=None):
@@ -483,19 +485,30 @@ def _flat(product, params, key=None):
 
   Vectors are at least float32.
   """
-  product = product if isinstance(product, Partial) else Partial(product)
-  leaves = jax.tree.leaves((product, params, key))
+  product = _partial(product)
+  leaves, treedef = jax.tree.flatten((product, params))
   # What is made here is a tracer within `jit`, where all may be constants.
   traced = any(
-    isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jnp.zeros(()))
+    isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, key, jnp.zeros(()))
   )
   zeros, _ = _raveled(params)
 
   def multiply(vector):
-    with jax.disable_jit(False):
+    if traced:
       return _multiply_flat(product, params, vector)
+    return _compiled.bind(vector, *leaves, treedef=treedef)
 
   return multiply, zeros, traced
+
+
+_compiled = jax.extend.core.Primitive('compiled_product')
+_compiled.def_abstract_eval(lambda vector, *leaves, treedef: vector)
+
+
+@_compiled.def_impl
+def _(vector, *leaves, treedef):
+  with jax.disable_jit(False):
+    return _multiply_flat(*jax.tree.unflatten(treedef, leaves), vector)
 
 
 @jax.jit

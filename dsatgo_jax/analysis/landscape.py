@@ -104,14 +104,12 @@ def random_directions(
     def norm(a):
       return jnp.sqrt(jnp.sum(a**2, of_filter, keepdims=True))
 
+    def one(key):
+      random = jax.random.normal(key, leaf.shape, leaf.dtype)
+      return random * (norm(leaf) / norm(random))
+
     # One after another, so that the first do not depend on num.
-    return jnp.stack(
-      [
-        (random := jax.random.normal(key, leaf.shape, leaf.dtype))
-        * (norm(leaf) / norm(random))
-        for key in map(functools.partial(jax.random.fold_in, key), range(num))
-      ]
-    )
+    return jnp.stack([one(jax.random.fold_in(key, i)) for i in range(num)])
 
   keys = jax.random.split(key, len(leaves))
   return jax.tree.unflatten(treedef, map(direction, keys, leaves))
