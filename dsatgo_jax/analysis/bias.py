@@ -44,10 +44,15 @@ class Bias(NamedTuple):
   Attributes:
     cosine: of the angle between them.
     ratio: the surrogate gradient's norm over the reference's.
+    cosine_error: the cosine's standard error, by jackknife; 0 for a reference
+      that is not estimated.
+    ratio_error: the ratio's.
   """
 
   cosine: jax.Array
   ratio: jax.Array
+  cosine_error: jax.Array
+  ratio_error: jax.Array
 
 
 class Differences(NamedTuple):
@@ -68,12 +73,16 @@ class Evolution(NamedTuple):
 
   Attributes:
     gradient: a tree as the parameters.
-    halves: of two independent halves of the noise, whose mean it is: their
-      inner product estimates its square without the noise's own.
+    parts: of independent parts of the noise, whose mean it is, each leaf
+      [8, ...]: their inner products tell its norm without the noise's own.
   """
 
   gradient: Any
-  halves: tuple[Any, Any]
+  parts: Any
+
+
+# How many parts the noise comes in.
+_PARTS = 8
 
 
 def _rectangular(z):
@@ -244,12 +253,12 @@ def evolution(
 
   Raises:
     ValueError: sigma is not positive, or num_pairs is not a positive multiple
-      of twice the batch size.
+      of 8 times the batch size.
   """
   _check_positive(sigma=sigma, num_pairs=num_pairs, batch_size=batch_size)
-  if num_pairs % (2 * batch_size):
+  if num_pairs % (_PARTS * batch_size):
     raise ValueError(
-      'Expected num_pairs to be a multiple of 2 * batch_size, got '
+      f'Expected num_pairs to be a multiple of {_PARTS} * batch_size, got '
       f'{num_pairs=}, {batch_size=}.'
     )
   return _evolution(_partial(loss), params, key, sigma, num_pairs, batch_size)
@@ -272,7 +281,7 @@ def _evolution(loss, params, key, sigma, num_pairs, batch_size):
     up, down = jax.vmap(at)(jnp.array([sigma, -sigma]))
     return [(up - down) / (2 * sigma) * z for z in noise]
 
-  def half(indices):
+  def part(indices):
     def add(total, indices):
       terms = jax.vmap(pair)(indices)
       return [t + jnp.sum(z, 0) for t, z in zip(total, terms, strict=True)], ()
@@ -281,9 +290,8 @@ def _evolution(loss, params, key, sigma, num_pairs, batch_size):
     total, _ = lax.scan(add, zeros, indices.reshape(-1, batch_size))
     return jax.tree.unflatten(treedef, [t / len(indices) for t in total])
 
-  first, second = map(half, jnp.arange(num_pairs).reshape(2, -1))
-  mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
-  return Evolution(mean, (first, second))
+  parts = lax.map(part, jnp.arange(num_pairs).reshape(_PARTS, -1))
+  return Evolution(jax.tree.map(lambda a: jnp.mean(a, 0), parts), parts)
 
 
 def compare(gradient, reference, *, depth: int | None = None) -> dict:
@@ -291,8 +299,9 @@ def compare(gradient, reference, *, depth: int | None = None) -> dict:
 
   With `Differences`, over their directions: of slopes along them, on both
   sides, and what jumps add to the loss's slopes counts as the reference's. With
-  `Evolution`, the reference's norm is without that of its noise; a layer in
-  which the noise drowns the gradient comes out NaN.
+  `Evolution`, the reference's norm is without that of its noise: a cosine then
+  may come out beyond one by as much as its error, and NaN in a layer in which
+  the noise drowns the gradient.
 
   Args:
     gradient: a tree: the surrogate gradient of a loss.
@@ -303,32 +312,55 @@ def compare(gradient, reference, *, depth: int | None = None) -> dict:
   Returns:
     `{'a/b/c': Bias}`, in the tree's order.
   """
-  # Inner products with the reference, and of each with itself.
   if isinstance(reference, Differences):
-    products = _along(gradient, reference)
+    products = _of_slopes(gradient, reference)
+  elif isinstance(reference, Evolution):
+    products = jax.tree.map(_of_parts, gradient, reference.parts)
   else:
-    one = two = mean = reference
-    if isinstance(reference, Evolution):
-      mean, (one, two) = reference
     products = jax.tree.map(
-      lambda g, mean, one, two: jnp.stack(
-        [_inner(g, mean), _inner(g, g), _inner(one, two)]
-      ),
-      *(gradient, mean, one, two),
+      lambda g, r: _inner_products(g, r)[None], gradient, reference
     )
   sums: dict[str, Any] = {}
   for path, value in jax.tree_util.tree_leaves_with_path(products):
     name = jax.tree_util.keystr(path[:depth], simple=True, separator='/')
     sums[name] = sums.get(name, 0) + value
-  return {
-    name: Bias(both / jnp.sqrt(ours * theirs), jnp.sqrt(ours / theirs))
-    for name, (both, ours, theirs) in sums.items()
-  }
+  return {name: _bias(value) for name, value in sums.items()}
+
+
+# Inner products, three in a row: of gradient and reference, of each with
+# itself. The first row is of all, the others leave one part or direction out;
+# rows of arrays that make up a layer can be added.
+
+
+def _inner_products(gradient, reference):
+  return jnp.stack(
+    [
+      _inner(gradient, reference),
+      _inner(gradient, gradient),
+      _inner(reference, reference),
+    ]
+  )
 
 
 @jax.jit
-def _along(gradient, reference):
-  """Products of the slopes on both sides, three a leaf."""
+def _of_parts(gradient, parts):
+  num = len(parts)
+  flat = parts.reshape(num, -1)
+  with_parts = flat @ gradient.astype(flat.dtype).ravel()
+  between = flat @ flat.T * (1 - jnp.eye(num, dtype=flat.dtype))
+  both = jnp.append(
+    jnp.mean(with_parts), (jnp.sum(with_parts) - with_parts) / (num - 1)
+  )
+  theirs = jnp.append(
+    jnp.sum(between) / (num * (num - 1)),
+    (jnp.sum(between) - 2 * jnp.sum(between, 1)) / ((num - 1) * (num - 2)),
+  )
+  ours = jnp.full_like(both, _inner(gradient, gradient))
+  return jnp.stack([both, ours, theirs], 1)
+
+
+@jax.jit
+def _of_slopes(gradient, reference):
   leaves, treedef = jax.tree.flatten(gradient)
   theirs = jax.tree.leaves(reference.slopes)
 
@@ -336,14 +368,27 @@ def _along(gradient, reference):
     directions = _direction(reference.key, leaves, index)
     return [_inner(g, z) for g, z in zip(leaves, directions, strict=True)]
 
+  def rows(ours, theirs):
+    each = jnp.stack([ours * theirs, ours**2, theirs**2], 1)
+    whole = jnp.sum(each, 0)
+    return jnp.concatenate([whole[None], whole - each])
+
   slopes = lax.map(ours, jnp.arange(len(theirs[0])))
-  return jax.tree.unflatten(
-    treedef,
-    [
-      jnp.stack([_inner(a, b), _inner(a, a), _inner(b, b)])
-      for a, b in zip(slopes, theirs, strict=True)
-    ],
-  )
+  return jax.tree.unflatten(treedef, map(rows, slopes, theirs))
+
+
+@jax.jit
+def _bias(products):
+  both, ours, theirs = products.T
+  values = both / jnp.sqrt(ours * theirs), jnp.sqrt(ours / theirs)
+
+  def error(value):
+    num = len(value) - 1
+    if not num:
+      return jnp.zeros_like(value[0])
+    return jnp.std(value[1:]) * jnp.sqrt(num - 1)
+
+  return Bias(*(v[0] for v in values), *map(error, values))
 
 
 def sweep(
