@@ -511,20 +511,36 @@ def _(vector, *leaves, treedef):
     return _multiply_flat(*jax.tree.unflatten(treedef, leaves), vector)
 
 
-@jax.jit
 def _multiply_flat(product, params, vector):
-  _, unravel = _raveled(params)
-  tree = jax.tree.map(lambda v, a: v.astype(a.dtype), unravel(vector), params)
-  return ravel_pytree(product(tree))[0].astype(vector.dtype)
+  # What `hvp` and `gnvp` made is compiled, once, whoever calls it.
+  call = product if hasattr(product.func, 'lower') else Partial(_call, product)
+  return _ravel(call(_unravel(params, vector)))
+
+
+@jax.jit
+def _call(product, tree):
+  return product(tree)
+
+
+@jax.jit
+def _unravel(params, vector):
+  tree = _raveled(params)[1](vector)
+  return jax.tree.map(lambda v, a: v.astype(a.dtype), tree, params)
+
+
+@jax.jit
+def _ravel(tree):
+  return ravel_pytree(jax.tree.map(_widened, tree))[0]
+
+
+def _widened(a):
+  return a.astype(jnp.promote_types(a.dtype, jnp.float32))
 
 
 def _raveled(params):
   """A flat vector of zeros, at least float32, and what unravels it."""
   return ravel_pytree(
-    jax.tree.map(
-      lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)),
-      params,
-    )
+    jax.tree.map(lambda a: _widened(jnp.zeros_like(a)), params)
   )
 
 
