@@ -17,11 +17,13 @@ A product is a function of a vector, which is a tree as the parameters are:
     top = curvature.eigenpairs(product, params, key=key, num=2)
     curvature.trace(product, params, key=key).mean
 
-Making it computes what does not depend on the vector, once, and keeps that;
-each product then costs about two gradients or less. Called outside `jit`,
-everything here compiles at the first call with the same functions and shapes:
-so pass a function defined once. Data that changes belongs into its arguments,
-`jax.tree_util.Partial(loss, batch)` for a `loss(batch, params)`.
+Making it computes what does not depend on the vector, once, and keeps that
+(`python -m benchmarks.curvature` measures both beside a gradient). Called
+outside `jit`, everything here compiles at the first call with the same
+functions and shapes: so pass a function defined once. Data that changes belongs
+into its arguments, `jax.tree_util.Partial(loss, batch)` for a
+`loss(batch, params)`. On CPU call it there: within `jit` the loops over vectors
+are slow where there are convolutions.
 """
 
 import functools
@@ -30,9 +32,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
@@ -176,8 +178,8 @@ def _hessian(loss, params, mode):
   if mode == 'forward':
     return jax.linearize(lambda params: (gradient(params),), params)[1]
   # The transpose of the pullback is equal, the Hessian being symmetric, and has
-  # the convolutions of a forward pass; those of the pullback, with their
-  # kernels reversed, take XLA's CPU compiler ten times as long.
+  # the convolutions of a forward pass; for those of the pullback, with their
+  # kernels reversed, XLA's CPU compiler has no fast code.
   return _pushed(*jax.vjp(gradient, params))
 
 
@@ -314,9 +316,9 @@ def density(
 ) -> Density:
   """The spectral density, by stochastic Lanczos quadrature.
 
-  Ghorbani, Krishnan and Xiao (ICML 2019), section 2; the nodes are broadened by
-  a Gaussian. Of `hvp` it is that of the formal Hessian, that of the
-  straight-through twin, and of no curvature of the true spiking loss.
+  Ghorbani, Krishnan and Xiao (ICML 2019), the nodes broadened by a Gaussian. Of
+  `hvp` it is that of the formal Hessian, that of the straight-through twin, and
+  of no curvature of the true spiking loss.
 
   Args:
     product: `hvp(...)`, `gnvp(...)`, or any symmetric linear function of a tree
@@ -477,7 +479,7 @@ def _ritz(basis, diagonal, beside, rest):
 # Outside `jit` all loops are Python's, by `jax.disable_jit`, and the product in
 # them is compiled, by a primitive that runs it as it is. XLA's CPU compiler
 # brings convolutions into the form that it has fast code for only where they
-# are in no loop: a gradient takes fifty times as long in one.
+# are in no loop; the gradient of a kernel takes many times as long in one.
 
 
 def _flat(product, params, key=None):
@@ -501,7 +503,7 @@ def _flat(product, params, key=None):
   return multiply, zeros, traced
 
 
-_compiled = jax.extend.core.Primitive('compiled_product')
+_compiled = Primitive('compiled_product')
 _compiled.def_abstract_eval(lambda vector, *leaves, treedef: vector)
 
 

@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
@@ -65,7 +65,7 @@ class Grid(NamedTuple):
 def random_directions(
   params, *, key: jax.Array, num: int = 2, vectors: str = 'zero'
 ):
-  """Filter-normalised random directions (Li et al., NeurIPS 2018, section 4).
+  """Filter-normalised random directions (Li et al., NeurIPS 2018).
 
   Each filter of a Gaussian direction is scaled to the norm of the parameters'
   filter. A filter is what leads to one output: all of a kernel [..., out] but
@@ -225,7 +225,12 @@ def _sweep(loss, params, directions, grid, chunk, batch_size, mesh):
   shape = tuple(map(len, grid.axes))
   losses, done = np.array(grid.losses), np.array(grid.done, bool)
   loss = loss if isinstance(loss, Partial) else Partial(loss)
-  devices = 1 if mesh is None else mesh.size
+  devices = 1
+  if mesh is not None:
+    devices, mesh = mesh.size, Mesh(mesh.devices.ravel(), (_AXIS,))
+    loss, params, directions = jax.device_put(
+      (loss, params, directions), NamedSharding(mesh, P())
+    )
   chunk = math.ceil(chunk / (devices * batch_size)) * devices * batch_size
   left = np.flatnonzero(~done)
   for begin in range(0, len(left), chunk):
@@ -273,10 +278,9 @@ def _losses(loss, params, directions, points, batch_size, mesh):
 
   if mesh is None:
     return losses(loss, params, directions, points)
-  own = Mesh(mesh.devices.ravel(), (_AXIS,))
   return jax.shard_map(
     losses,
-    mesh=own,
+    mesh=mesh,
     in_specs=(P(), P(), P(), P(_AXIS)),
     out_specs=P(_AXIS),
     check_vma=False,
