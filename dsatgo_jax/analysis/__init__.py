@@ -1,6 +1,7 @@
 """Analysis as pure functions of any model with these neurons in it.
 
-Its modules are loaded when they are first named.
+Its modules are loaded when they are first named. `curvature` needs matfree,
+`pip install 'dsatgo_jax[analysis]'`, for what it estimates.
 """
 
 import importlib

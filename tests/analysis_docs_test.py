@@ -1,0 +1,20 @@
+"""What the pages about the analysis show runs as it stands there."""
+
+import pathlib
+import re
+
+import pytest
+
+PAGES = sorted(
+  (pathlib.Path(__file__).parent.parent / 'docs').glob('analysis*.md')
+)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+  blocks = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+  assert blocks
+  monkeypatch.chdir(tmp_path)  # For what they save.
+  namespace = {}
+  for i, block in enumerate(blocks):
+    exec(compile(block, f'{page.name}, block {i}', 'exec'), namespace)
