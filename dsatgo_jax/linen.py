@@ -24,17 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dsatgo_jax import methods, neurons, statistics, surrogate, tdbn, threshold
+from dsatgo_jax import methods, neurons, surrogate, tdbn, threshold
 from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.neurons import NeuronState as NeuronState
 from dsatgo_jax.time_axis import fold_time as fold_time
+from dsatgo_jax.time_axis import over_leading_axes
 from dsatgo_jax.time_axis import repeat_in_time as repeat_in_time
 
 # Flax folds all leading axes into the batch: [T, B, H, W, C] goes in as it is.
 Conv = functools.partial(nn.Conv, kernel_init=kaiming_normal)
 Dense = nn.Dense
-avg_pool = fold_time(nn.avg_pool)
-max_pool = fold_time(nn.max_pool)
+avg_pool = over_leading_axes(nn.avg_pool)
+max_pool = over_leading_axes(nn.max_pool)
 
 
 class TdBatchNorm(nn.Module):
@@ -58,6 +59,9 @@ class TdBatchNorm(nn.Module):
     axis_name: mapped axis over which the batch is spread.
     dtype: of the output; None for the promoted one.
     param_dtype: of scale and bias.
+    scale_init: of the scale, in the place of its start above; to partition it,
+      `nn.with_partitioning(nn.initializers.ones, ('model',))`.
+    bias_init: of the bias.
   """
 
   use_running_average: bool | None = None
@@ -70,6 +74,8 @@ class TdBatchNorm(nn.Module):
   axis_name: Any = None
   dtype: Any = None
   param_dtype: Any = jnp.float32
+  scale_init: Callable | None = None
+  bias_init: Callable = nn.initializers.zeros
 
   def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
     """Normalises x.
@@ -82,9 +88,12 @@ class TdBatchNorm(nn.Module):
 
     Returns:
       The normalised x, of its shape.
+
+    Raises:
+      ValueError: x is complex or has no axis, or the mask does not fit it.
     """
-    y = self.affine(x, use_running_average, mask=mask)(x)
-    return y.astype(self.dtype or jnp.result_type(x, self.param_dtype))
+    affine, x = self.affine(x, use_running_average, mask=mask), jnp.asarray(x)
+    return affine(x).astype(self.dtype or jnp.result_type(x, affine.bias))
 
   @nn.compact
   def affine(
@@ -106,26 +115,31 @@ class TdBatchNorm(nn.Module):
     use_running_average = nn.merge_param(
       'use_running_average', self.use_running_average, use_running_average
     )
+    x = jnp.asarray(x)
     shape, factor = x.shape[-1:], self.alpha * self.v_th
-    start = nn.initializers.constant(1.0 if self.factored else factor)
+    start = self.scale_init or nn.initializers.constant(
+      1.0 if self.factored else factor
+    )
     scale = self.param('scale', start, shape, self.param_dtype)
-    bias = self.param('bias', nn.initializers.zeros, shape, self.param_dtype)
+    bias = self.param('bias', self.bias_init, shape, self.param_dtype)
     running_dtype = jnp.promote_types(self.param_dtype, jnp.float32)
     running = [
       self.variable('batch_stats', name, fill, shape, running_dtype)
       for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))
     ]
-    if use_running_average:
-      mean, variance = (r.value for r in running)
-    else:
-      active = not self.is_initializing()
-      axis_name = self.axis_name if active else ()
-      mask = tdbn.mask_of(x, self.repeats, mask)
-      mean, variance = tdbn.measure(x, axis_name, mask)
-      if active:
-        unbiased = tdbn.unbiased(variance, x, self.repeats, axis_name, mask)
-        for r, new in zip(running, (mean, unbiased), strict=True):
-          r.value = statistics.running_average(r.value, new, self.momentum)
+    active = not self.is_initializing()
+    (mean, variance), new = tdbn.layer(
+      x,
+      (running[0].value, running[1].value),
+      use_running_average=use_running_average,
+      repeats=self.repeats,
+      momentum=self.momentum,
+      axis_name=self.axis_name if active else (),
+      mask=mask,
+    )
+    if active and not use_running_average:
+      for r, value in zip(running, new, strict=True):
+        r.value = value
     if self.factored:
       scale = factor * scale
     return tdbn.affine(mean, variance, scale, bias, self.epsilon)
@@ -182,6 +196,11 @@ class SpikingNeuron(nn.Module):
   dtype: Any = None
   param_dtype: Any = jnp.float32
 
+  def __post_init__(self):
+    for name in ('decay', 'v_th', 'f_c', 'width'):
+      setattr(self, name, neurons.static(getattr(self, name)))
+    super().__post_init__()
+
   def __call__(
     self,
     x,
@@ -196,7 +215,7 @@ class SpikingNeuron(nn.Module):
     """Runs the neurons over x.
 
     Args:
-      x: pre-synaptic input, [T, B, ...].
+      x: pre-synaptic input, [T, B, ...]; integers are taken as float32.
       use_running_average: in the place of the attribute; not both.
       mask: [T, B] or [B], whether an example is real at a timestep; statistics
         and running thresholds are those of what is. None for all of it.
@@ -210,7 +229,8 @@ class SpikingNeuron(nn.Module):
       Spikes [T, B, ...], or (spikes, state).
 
     Raises:
-      ValueError: a setting out of its range, x without a batch axis, or T that
+      ValueError: a setting out of its range, x complex or without a batch axis,
+        a single neuron in all (which has no deviation) in training, or T that
         is not that of the running thresholds.
     """
     spikes, state = self._run(
@@ -252,7 +272,7 @@ class SpikingNeuron(nn.Module):
       decay, v_th, self.f_c, self.width, tdbn_scale, norm
     )
 
-    x = jnp.asarray(x)
+    x = neurons.sequence(x)
     lead = () if per_step else (self.num_steps or x.shape[0],)
     initial = parameters._replace(v_th=self.v_th)
     averages = {
@@ -298,6 +318,7 @@ class SpikingNeuron(nn.Module):
         average.value = value[0] if per_step else value
     if active and self.is_mutable_collection('spiking'):
       for name, value in record.scalars().items():
+        value = value[0] if per_step else value
         self.sow('spiking', name, value, reduce_fn=lambda _, new: new)
     return spikes, state
 
@@ -309,7 +330,16 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
   keeps its own statistics:
 
       nn.RNN(cell, time_major=True, variable_axes={'batch_stats': 0})
+
+  Padding beyond the RNN's `seq_lengths` is in the statistics, since a cell does
+  not see it; `SpikingNeuron(...)(x, mask=...)` leaves it out.
+
+  Attributes:
+    num_feature_axes: how many of x's last axes are no batch axes, for RNNs that
+      are not time-major: 3 for x [B, T, H, W, C], whose W would else be time.
   """
+
+  num_feature_axes: int = 1
 
   def __call__(  # type: ignore[override]
     self, carry: NeuronState, x, use_running_average=None
@@ -317,17 +347,22 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
     """One timestep.
 
     Args:
-      carry: the `NeuronState` before it.
+      carry: the `NeuronState` before it; its t may be [B]. Examples at
+        different timesteps have no t that a rule could read.
       x: pre-synaptic input, [B, ...].
       use_running_average: in the place of the attribute; not both.
 
     Returns:
       (state, spikes [B, ...]).
     """
-    spikes, carry = self._run(
-      x[None], use_running_average, carry, True, per_step=True
+    spikes, state = self._run(
+      jnp.asarray(x)[None],
+      use_running_average,
+      carry._replace(t=neurons.shared_time(carry.t)),
+      True,
+      per_step=True,
     )
-    return carry, spikes[0]
+    return state._replace(t=carry.t + 1), spikes[0]
 
   @nn.nowrap
   def initialize_carry(self, rng, input_shape) -> NeuronState:
@@ -338,12 +373,7 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
       input_shape: x's.
 
     Returns:
-      A `NeuronState`.
+      A `NeuronState`, its t [B].
     """
     del rng
-    return neurons.at_rest(jnp.zeros(input_shape, self.dtype or jnp.float32))
-
-  @property
-  def num_feature_axes(self) -> int:
-    """One: the last axis of x."""
-    return 1
+    return neurons.initial_carry(input_shape, self.dtype, self.param_dtype)

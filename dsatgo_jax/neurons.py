@@ -14,7 +14,15 @@ import numpy as np
 from jax import lax
 
 from dsatgo_jax import fused as fused_scan
-from dsatgo_jax import methods, statistics, surrogate, threshold, width, xla
+from dsatgo_jax import (
+  methods,
+  statistics,
+  surrogate,
+  tdbn,
+  threshold,
+  width,
+  xla,
+)
 from dsatgo_jax.dynamics import RESETS, Settings, plain
 from dsatgo_jax.dynamics import NeuronState as NeuronState
 from dsatgo_jax.dynamics import Parameters as Parameters
@@ -102,7 +110,7 @@ def run(
   in. Padding that `mask` marks is in no statistic; what it fires is not zero.
 
   Args:
-    x: pre-synaptic input, [T, B, ...].
+    x: pre-synaptic input, [T, B, ...]; integers are taken as float32.
     parameters: the neuron's numbers.
     method: a name of `methods.METHODS`, or a `methods.Method`.
     state: the state to go on from; None for a neuron at rest.
@@ -129,33 +137,28 @@ def run(
     each of its fields [T]. Theta and width carry no gradient here.
 
   Raises:
-    ValueError: x has no batch axis or is not floating point; a parameter does
-      not broadcast against x[0], or must be positive and is not; running
-      averages, state or mask do not fit x; an unknown method or reset, or one
-      neuron in all.
+    ValueError: x has no batch axis or is complex; a parameter does not
+      broadcast against x[0], or must be positive and is not; running averages,
+      state or mask do not fit x; an unknown method or reset, or less than two
+      neurons in all, which have no deviation.
   """
-  x = jnp.asarray(x)
-  if x.ndim < 2 or not x.shape[0] or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(
-      f'Expected floating-point x [T, B, ...], got {x.dtype}{list(x.shape)}.'
-    )
+  x = sequence(x)
   if reset not in RESETS:
     raise ValueError(
       f'Expected reset to be one of {", ".join(map(repr, RESETS))}, '
       f'got {reset=}.'
     )
   method = methods.get(method)
-  parameters = _checked(parameters, method, reset, x)
   settings = Settings(
     method, surrogate, reset, detach_reset, axis_name,
     jnp.dtype(dtype or x.dtype), record, state is None,
   )  # fmt: skip
-  if state is None:
-    state = at_rest(x[0])
+  state = at_rest(x[0]) if state is None else jax.tree.map(jnp.asarray, state)
   if state.v.shape != x.shape[1:]:
     raise ValueError(
       f'Expected a state for x[0] of shape {x.shape[1:]}, got {state.v.shape=}.'
     )
+  parameters = _checked(parameters, method, reset, x, state.v.dtype)
   for name, average in (running or Running())._asdict().items():
     if average is not None and not (
       average.shape[:1] == x.shape[:1] and _fits(average[0], x[0])
@@ -168,8 +171,9 @@ def run(
     statistics.warn_if_not_pooled(axis_name, x)
   if fused is None:
     fused = not getattr(surrogate, 'forward_mode', False)
+  fused &= 0 not in x.shape  # An empty batch needs no saving.
   return _run(
-    settings, fused, x, state, parameters, running, over_time(mask, x)
+    settings, fused, x, state, parameters, running, tdbn.mask_of(x, mask)
   )
 
 
@@ -183,8 +187,31 @@ def _run(settings, fused, x, state, parameters, running, mask):
   return spikes, state, lax.stop_gradient(happened)
 
 
-def _checked(parameters, method, reset, x):
-  """The parameters as arrays of the membrane's dtype."""
+def sequence(x) -> jax.Array:
+  """X as layers of neurons take it.
+
+  Args:
+    x: pre-synaptic input, [T, B, ...].
+
+  Returns:
+    x; integers and truth values as float32.
+
+  Raises:
+    ValueError: it has no timestep or no batch axis, or is complex.
+  """
+  x = jnp.asarray(x)
+  if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
+    x = x.astype(jnp.float32)
+  if x.ndim < 2 or not x.shape[0] or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      'Expected T >= 1 timesteps of real numbers, x [T, B, ...], got '
+      f'{x.dtype}{list(x.shape)}.'
+    )
+  return x
+
+
+def _checked(parameters, method, reset, x, dtype):
+  """The parameters as arrays of the membrane's dtype: x's and the state's."""
   for name in _NUMBERS:
     value = getattr(parameters, name)
     if not _fits(value, x[0]):
@@ -203,7 +230,7 @@ def _checked(parameters, method, reset, x):
     check_positive(
       **{'the mean of tdbn_scale': None if scale is None else np.mean(scale)}
     )
-  return _arrays(parameters, x.dtype)
+  return _arrays(parameters, jnp.promote_types(x.dtype, dtype))
 
 
 _NUMBERS = ('decay', 'v_th', 'f_c', 'width')
@@ -225,30 +252,6 @@ def _fits(value, x):
     size in (1, of_x)
     for size, of_x in zip(shape[::-1], x.shape[::-1], strict=False)
   )
-
-
-def over_time(mask, x):
-  """A mask [T, B] of x [T, B, ...].
-
-  Args:
-    mask: [T, B] or [B]; None for no mask.
-    x: [T, B, ...].
-
-  Returns:
-    [T, B], or None.
-
-  Raises:
-    ValueError: it is of another shape.
-  """
-  if mask is None:
-    return None
-  mask = jnp.asarray(mask, bool)
-  if mask.shape not in (x.shape[:2], x.shape[1:2]):
-    raise ValueError(
-      f'Expected a mask [T, B] or [B] for x [T, B, ...] of shape {x.shape}, '
-      f'got shape {mask.shape}.'
-    )
-  return jnp.broadcast_to(mask, x.shape[:2])
 
 
 def averaged(method: methods.Method) -> dict[str, Callable]:
@@ -329,6 +332,10 @@ def layer(
       past its end. Where `state.t` is traced this can't be seen: timesteps past
       the end then fire NaN in inference, and change no average in training.
   """
+  x = sequence(x)
+  running = jax.tree.map(jnp.asarray, running)
+  # Of an empty batch nothing is learnt.
+  use_running_average = use_running_average or 0 in x.shape
   start = 0 if whole or state is None else state.t
   _check_length(x, start, num_steps, whole)
   times = start + np.arange(x.shape[0], dtype=np.int32)
@@ -337,7 +344,7 @@ def layer(
     here = jax.tree.map(
       lambda a: a.at[times].get(mode='fill', fill_value=jnp.nan), running
     )
-  mask = over_time(mask, x)
+  mask = tdbn.mask_of(x, mask)
   spikes, state, record = run(
     x,
     parameters,
@@ -380,37 +387,105 @@ def layer(
   return spikes, state, record, running
 
 
+def initial_carry(
+  shape: tuple[int, ...], dtype, param_dtype, init: Callable | None = None
+) -> NeuronState:
+  """A cell's state before the first timestep.
+
+  Args:
+    shape: x's, [B, ...].
+    dtype: of the spikes, or None.
+    param_dtype: of the parameters; the membrane is at least as wide as both.
+    init: `init(shape, dtype)`, the membrane; None for zeros.
+
+  Returns:
+    `NeuronState`, its t [B], so that RNNs can pick what belongs to an example.
+  """
+  dtype = jnp.promote_types(dtype or jnp.float32, param_dtype)
+  dtype = jnp.promote_types(dtype, jnp.float32)
+  return NeuronState(
+    (init or jnp.zeros)(shape, dtype), jnp.zeros(shape[:1], jnp.int32)
+  )
+
+
+# The time of examples that are at different timesteps: past any end.
+_APART = np.iinfo(np.int32).max
+
+
+def shared_time(t) -> jax.Array:
+  """The timestep at which all examples of a cell's carry are.
+
+  Args:
+    t: [B], of which Flax's RNNs pick each example's last one by `seq_lengths`;
+      or a scalar.
+
+  Returns:
+    A scalar. Where the examples are at different timesteps it is past the end
+    of any recording; see `layer`.
+  """
+  t = jnp.asarray(t)
+  if not t.ndim:
+    return t
+  if 0 in t.shape:
+    return jnp.zeros((), t.dtype)
+  last = jnp.max(t)
+  return jnp.where(last == jnp.min(t), last, _APART)
+
+
 def _check_length(x, start, num_steps, whole):
   """Raises a `ValueError` for timesteps that the neuron does not have."""
   if num_steps is None:
     return
   known = not isinstance(start, jax.core.Tracer)
-  end = x.shape[0] + (int(start) if known else 0)
+  start = int(start) if known else 0
+  end = x.shape[0] + start
   if end > num_steps or (whole and end != num_steps):
+    begin = f' from timestep {start} on' if start else ''
+    if start == _APART:
+      begin = ' from a different timestep on for each example'
     raise ValueError(
       'This neuron was built for so many timesteps (num_steps, or its running '
       f'values): expected T = {num_steps} in all, got x with T = {x.shape[0]}'
-      + (f' from timestep {int(start)} on' if known and start else '')
-      + f', of shape {x.shape}. x is [T, B, ...], time first.'
+      f'{begin}, of shape {x.shape}. x is [T, B, ...], time first.'
     )
 
 
 def logit(decay):
   """PLIF's `w` for a decay: `decay = sigmoid(w)`; -log(4) for 0.2."""
+  if isinstance(decay, jax.core.Tracer):
+    return jax.scipy.special.logit(decay)
   if np.ndim(decay):
     return np.log(decay) - np.log1p(-np.asarray(decay))
   return math.log(decay / (1 - decay))
 
 
+def static(value):
+  """A number as it is, an array as tuples of numbers: a setting with a hash.
+
+  Args:
+    value: a setting of a module; what is traced stays as it is.
+
+  Returns:
+    A number, or tuples.
+  """
+  if isinstance(value, jax.core.Tracer) or np.ndim(value) == 0:
+    return value
+  return tuple(static(item) for item in np.asarray(value).tolist())
+
+
 def check_shares(decay, learn_decay, momentum):
-  """Raises a `ValueError` for a decay or a momentum out of its range."""
-  low, high = np.min(decay), np.max(decay)
-  if not (0 < low <= high < 1 if learn_decay else 0 <= low <= high <= 1):
-    raise ValueError(
-      'Expected 0 <= decay <= 1, the retained fraction, both ends excluded if '
-      f'it is learnt, got {decay=}, {learn_decay=}.'
-    )
-  if not 0 <= momentum <= 1:
+  """Raises a `ValueError` for a decay or a momentum out of its range.
+
+  What is traced is not checked.
+  """
+  if not isinstance(decay, jax.core.Tracer):
+    low, high = np.min(decay), np.max(decay)
+    if not (0 < low <= high < 1 if learn_decay else 0 <= low <= high <= 1):
+      raise ValueError(
+        'Expected 0 <= decay <= 1, the retained fraction, both ends excluded '
+        f'if it is learnt, got {decay=}, {learn_decay=}.'
+      )
+  if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum <= 1:
     raise ValueError(f'Expected 0 <= momentum <= 1, got {momentum=}.')
 
 

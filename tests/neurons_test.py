@@ -695,7 +695,7 @@ def test_no_retracing_for_other_numbers():
   [
     ({'x': jnp.ones(3)}, r'x \[T, B, ...\], got float32\[3\]'),
     ({'x': jnp.ones((0, 3))}, r'x \[T, B, ...\], got float32\[0, 3\]'),
-    ({'x': jnp.ones((2, 3, 4), int)}, r'floating-point.*int32\[2, 3, 4\]'),
+    ({'x': jnp.ones((2, 3, 4), complex)}, r'real .*complex64\[2, 3, 4\]'),
     ({'reset': 'none'}, "'hard', 'soft', .* got reset='none'"),
     ({'method': 'dsatgo'}, "method='dsatgo'"),
     ({'parameters': Parameters(decay=np.ones(3))}, r'decay .*x\[0\].*\(3,\)'),

@@ -238,15 +238,20 @@ FUNCTIONS = {
   'neurons.run': neurons.run,
   'neurons.step': lambda x: neurons.step(None, x),
   'neurons.layer': of_layer,
+  'neurons.sequence': neurons.sequence,
   'dynamics.at_rest': dynamics.at_rest,
   'tdbn.measure': tdbn.measure,
   'tdbn.affine': lambda x: tdbn.affine(*tdbn.measure(x), x[0, 0], 0.5)(x),
+  'tdbn.layer': lambda x: tdbn.layer(
+    x, tdbn.measure(x), use_running_average=False
+  ),
   'tdbn.unbiased': lambda x: tdbn.unbiased(tdbn.measure(x)[1], x),
   'losses.prediction': losses.prediction,
   'losses.cross_entropy': lambda x: losses.cross_entropy(x, jnp.arange(4), 0.1),
   'losses.tet': lambda x: losses.tet(x, jnp.arange(4)),
   'time_axis.repeat_in_time': lambda x: time_axis.repeat_in_time(x, 2),
   'time_axis.fold_time': time_axis.fold_time(lambda x: x[:, ::-1] ** 2),
+  'time_axis.over_leading_axes': lambda x: linen.max_pool(x[None], (2, 2)),
   'linen.TdBatchNorm': of_linen(linen.TdBatchNorm(False)),
   'linen.SpikingNeuron': of_linen(
     linen.SpikingNeuron(), use_running_average=False
@@ -271,8 +276,10 @@ OF_SETTINGS = {
   'neurons.check_shares',
   'neurons.averaged',
   'neurons.initial_average',
+  'neurons.initial_carry',
   'neurons.logit',
-  'neurons.over_time',
+  'neurons.shared_time',
+  'neurons.static',
   'statistics.axis_size',
   'statistics.warn_if_not_pooled',
   'tdbn.mask_of',
