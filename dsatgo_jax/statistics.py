@@ -61,13 +61,12 @@ def measure(u: jax.Array, axis_name=None, mask=None) -> Statistics:
   counted = count(u, 0, mask)
   number = nonzero(counted)
   mean = near + total / number
-  fine, coarse = (
-    # In this order no product is larger than the sum of squares.
-    jnp.sqrt(_not_negative(s - scale * total * (scale * total / number)))
-    / scale
-    for scale, s in zip(scales, squares, strict=True)
-  )
-  norm = jnp.where(jnp.isfinite(fine), fine, coarse)
+  # One scale alone goes on, since infinity minus itself would be undefined.
+  fits = jnp.isfinite(squares[0])
+  scale, square = (jnp.where(fits, *both) for both in (scales, squares))
+  # In this order no product is larger than the sum of squares.
+  square -= scale * total * (scale * total / number)
+  norm = jnp.sqrt(_not_negative(square)) / scale
   if axis_name:
     parts = [mean, norm] if mask is None else [mean, norm, counted]
     means, norms, *counts = gather(jnp.stack(parts), axis_name).T

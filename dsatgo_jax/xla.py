@@ -46,7 +46,7 @@ def late(x, g, measured):
   pass and keep it until then; its CPU compiler does so across the barriers of
   `jax.checkpoint`, too.
   """
-  bound = jnp.inf if measured is None else jnp.inf * measured.std[-1]
+  bound = jnp.inf if measured is None else jnp.inf + measured.std[-1]
   # One value per example leaves a sharded batch where it is.
   first = lax.expand_dims(g.reshape(g.shape[0], -1)[:, 0], range(1, g.ndim))
   return jnp.where(first > bound, 1, x)
