@@ -180,11 +180,20 @@ def run(
 # So that eager calls compile once; within a program XLA dissolves it.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(settings, fused, x, state, parameters, running, mask):
-  v = xla.vary_like(x, state.v.astype(parameters.decay.dtype))
-  scan = fused_scan.run if fused else plain
-  spikes, v, happened = scan(settings, x, v, state.t, parameters, running, mask)
-  state = NeuronState(v, state.t + x.shape[0])
-  return spikes, state, lax.stop_gradient(happened)
+  def scan(x, state, parameters, running, mask):
+    v = xla.vary_like(x, state.v.astype(parameters.decay.dtype))
+    scan = fused_scan.run if fused else plain
+    spikes, v, happened = scan(
+      settings, x, v, state.t, parameters, running, mask
+    )
+    state = NeuronState(v, state.t + x.shape[0])
+    return spikes, state, lax.stop_gradient(happened)
+
+  spec = jax.typeof(x).sharding.spec
+  scan = xla.automatic(
+    scan, (spec, NeuronState(jax.P(*spec[1:]), jax.P()), jax.P())
+  )
+  return scan(x, state, parameters, running, mask)
 
 
 def sequence(x) -> jax.Array:

@@ -63,7 +63,8 @@ def measure(u: jax.Array, axis_name=None, mask=None) -> Statistics:
   mean = near + total / number
   # One scale alone goes on, since infinity minus itself would be undefined.
   fits = jnp.isfinite(squares[0])
-  scale, square = (jnp.where(fits, *both) for both in (scales, squares))
+  scale = jnp.where(fits, scales[0], scales[1])
+  square = jnp.where(fits, squares[0], squares[1])
   # In this order no product is larger than the sum of squares.
   square -= scale * total * (scale * total / number)
   norm = jnp.sqrt(_not_negative(square)) / scale
@@ -243,7 +244,8 @@ def running_average(old: jax.Array, new: jax.Array, momentum) -> jax.Array:
     The new running value, in old's dtype.
   """
   average = momentum * old + (1 - momentum) * new
-  average = jnp.where(jnp.isfinite(new), average, old)
+  kept = old + jnp.zeros_like(average)  # Sharded as the average.
+  average = jnp.where(jnp.isfinite(average), average, kept)
   return lax.stop_gradient(average).astype(old.dtype)
 
 

@@ -5,13 +5,14 @@ Its scale starts at `alpha * v_th`, so that the pre-synaptic input starts as
 `N(0, (alpha * v_th) ** 2)`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsatgo_jax import statistics
+from dsatgo_jax import statistics, xla
 
 
 def measure(
@@ -30,6 +31,13 @@ def measure(
   """
   statistics.warn_if_not_pooled(axis_name, x)
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  channels = jax.P(*jax.typeof(x).sharding.spec[-1:])
+  pooled = xla.automatic(functools.partial(_pooled, axis_name), channels)
+  return pooled(x, mask)
+
+
+def _pooled(axis_name, x, mask):
+  """Mean and variance per channel, of all devices."""
   mean, variance = _moments(x, mask)
   if not axis_name:
     return mean, variance

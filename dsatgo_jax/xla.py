@@ -116,6 +116,25 @@ def in_memory(a, never):
   )
 
 
+def automatic(function, out):
+  """Leaves the sharding within a function to the compiler.
+
+  Under explicit mesh axes, those of `jax.make_mesh`, slices and reshapes of
+  what is sharded are refused.
+
+  Args:
+    function: of arrays.
+    out: the `PartitionSpec`s of its outputs, or of whole trees of them.
+
+  Returns:
+    The same function of arrays that are sharded explicitly, or not.
+  """
+  axes = jax.sharding.get_abstract_mesh().explicit_axes
+  if not axes:
+    return function
+  return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
+
+
 def vary_like(x, tree):
   """Makes a tree vary over the mesh axes that x varies over (`shard_map`)."""
   return jax.tree.map(
