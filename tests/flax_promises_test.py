@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.experimental import checkify
 
 from dsatgo_jax import linen as snn
-from dsatgo_jax import neurons
+from dsatgo_jax import neurons, tdbn
 from dsatgo_jax import nnx as snnx
 
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-5)
@@ -410,8 +411,7 @@ def run(x):
 
 
 @rnns
-@pytest.mark.parametrize('axes', [1, 3])
-@pytest.mark.parametrize('batch', [(3,), (3, 2)])
+@pytest.mark.parametrize('axes, batch', [(1, (3, 2)), (3, (3,))])
 def test_rnns_that_are_batch_major(rnn, axes, batch):
   """Of vectors, and of images, whose width is not taken for time."""
   x = normal(4, *batch, *(6, 5, 2)[-axes:])
@@ -497,17 +497,15 @@ def test_examples_at_different_timesteps_cannot_go_on_together():
   equal(after.t, carry.t + 1)
 
 
-@pytest.mark.parametrize('param_dtype', ['float32', 'float64'])
+@rnns
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
 @jax.enable_x64(True)
-def test_the_carry_is_as_wide_as_input_and_parameters(param_dtype):
+def test_the_carry_is_as_wide_as_input_and_parameters(rnn, dtype):
   """The membrane keeps the wider of both from timestep to timestep."""
-  x = normal(4, 3, 5)
-  neuron = {'param_dtype': jnp.dtype(param_dtype)}
-  for dtype in {'float32', param_dtype}:
-    for rnn in (linen_rnn, nnx_rnn):
-      y, _ = rnn(neuron, x.astype(dtype), settings=TIME_MAJOR)
-      assert y.dtype == dtype
-      close(y, run(x)[0].astype(dtype))
+  x = normal(4, 3, 5).astype(dtype)
+  y, _ = rnn({'param_dtype': jnp.float64}, x, settings=TIME_MAJOR)
+  assert y.dtype == dtype
+  close(y, run(x)[0])
 
 
 def test_a_carry_of_ones_own():
@@ -637,3 +635,421 @@ def test_an_rnn_over_a_network_that_starts_anew_at_each_step():
   x = normal(5, 3, 4)
   y = nnx.RNN(Frames(), time_major=True)(x)
   close(y, jnp.stack([run(jnp.stack([a, a]))[0][1] for a in x]))
+
+
+# Lifted transformations of Linen.
+
+
+class Net(nn.Module):
+  """A dense layer, tdBN and neurons."""
+
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    """[T, B, 5] to spikes, and nothing for `nn.scan`."""
+    x = snn.Dense(5)(x)
+    x = snn.TdBatchNorm(False, axis_name=self.axis_name)(x)
+    neuron = snn.SpikingNeuron(
+      use_running_average=False, axis_name=self.axis_name
+    )
+    return neuron(x), None
+
+
+def step(net, variables, x, mutable=('batch_stats', 'spiking')):
+  """Spikes, what is kept and sown, and the parameters' gradient."""
+
+  def loss(params):
+    (y, _), updates = net.apply(
+      variables | {'params': params}, x, mutable=mutable
+    )
+    weights = np.cos(np.arange(y.size, dtype=np.float32)).reshape(y.shape)
+    return jnp.sum(y * weights), (y, updates)
+
+  slope, outputs = jax.grad(loss, has_aux=True)(variables['params'])
+  return outputs, slope
+
+
+@functools.cache
+def trained(num_steps=2):
+  """An input, a net's variables, and its step."""
+  x = normal(num_steps, 4, 5)
+  variables = jax.jit(Net().init)(KEY, x)
+  return x, variables, jax.jit(functools.partial(step, Net()))
+
+
+class Lifted(nn.Module):
+  """The net, by roads that Linen lifts."""
+
+  @nn.compact
+  def __call__(self, x):
+    """As `Net`'s, many times."""
+    net = Net(name='net')
+    if self.is_initializing():
+      return net(x)
+
+    def call(net, x):
+      return net(x)[0]
+
+    def skip(net, x):
+      return x
+
+    ys = [
+      nn.cond(True, call, skip, net, x),
+      nn.switch(1, [skip, call], net, x),
+      nn.vjp(call, net, x)[0],
+      nn.remat(call)(net, x),
+      nn.jit(call)(net, x),
+    ]
+    return jnp.stack(ys), None
+
+
+@pytest.mark.parametrize('lift', [nn.jit, nn.remat])
+def test_lifted_classes_are_the_same(lift):
+  x, variables, plain = trained()
+  lifted = jax.jit(functools.partial(step, lift(Net)()))
+  close(lifted(variables, x), plain(variables, x))
+
+
+def test_lifted_calls_are_the_same():
+  x, variables, plain = trained()
+  (y, _), _ = plain(variables, x)
+  inside = {name: {'net': tree} for name, tree in variables.items()}
+  apply = jax.jit(functools.partial(Lifted().apply, mutable=['batch_stats']))
+  (ys, _), updates = apply(inside, x)
+  close(ys, jnp.stack([y] * 5))
+  for _ in range(5):
+    _, kept = Net().apply(variables, x, mutable=['batch_stats'])
+    variables = variables | kept
+  close(updates['batch_stats']['net'], variables['batch_stats'])
+
+
+def test_a_vmap_with_an_axis_name_is_the_whole_batch():
+  x, variables, plain = trained()
+  (expected, after), _ = plain(variables, x)
+  parts = nn.vmap(
+    Net, in_axes=1, out_axes=1, axis_name='batch',
+    variable_axes={'params': None, 'batch_stats': None, 'spiking': None},
+    split_rngs={'params': False},
+  )(axis_name='batch')  # fmt: skip
+  apply = jax.jit(functools.partial(parts.apply, mutable=list(after)))
+  (y, _), updates = apply(variables, x.reshape(2, 2, 2, 5))
+  close((y.reshape(x.shape), updates), (expected, after))
+
+
+def test_an_ensemble_and_a_stack_of_layers():
+  """`nn.vmap` and `nn.scan` over parameters, statistics and what is sown."""
+  x, _, plain = trained()
+  over = {'params': 0, 'batch_stats': 0, 'spiking': 0}
+  settings = {'variable_axes': over, 'split_rngs': {'params': True}}
+  ensemble = nn.vmap(Net, in_axes=None, axis_size=2, **settings)()
+  stack = nn.scan(nn.remat(Net), length=2, **settings)()
+  variables = jax.jit(ensemble.init)(KEY, x)
+  members = [jax.tree.map(lambda a, i=i: a[i], variables) for i in range(2)]
+
+  sow = {'mutable': ['batch_stats', 'spiking']}
+  (y, _), updates = jax.jit(functools.partial(ensemble.apply, **sow))(
+    variables, x
+  )
+  each = [plain(member, x)[0] for member in members]
+  close((y, updates), jax.tree.map(lambda *a: jnp.stack(a), *each))
+
+  (y, updates), slope = jax.jit(functools.partial(step, stack))(variables, x)
+  first, kept = plain(members[0], x)[0]
+  last, too = plain(members[1], first)[0]
+  close((y, updates), (last, jax.tree.map(lambda *a: jnp.stack(a), kept, too)))
+  assert slope['Dense_0']['kernel'][0].any()
+
+
+def test_what_linen_offers_around_a_call():
+  x, variables, plain = trained()
+  (y, _), _ = plain(variables, x)
+  shapes = jax.eval_shape(Net().init, KEY, x)
+  lazy = Net().lazy_init(KEY, jax.ShapeDtypeStruct(x.shape, x.dtype))
+  chex.assert_trees_all_equal_shapes_and_dtypes(lazy, shapes)
+  with pytest.raises(nn.module.errors.ModifyScopeVariableError):
+    Net().apply(variables, x)
+  _, everything = Net().apply(
+    variables, x, mutable=True, capture_intermediates=True
+  )
+  assert everything.keys() == {*variables, 'spiking', 'intermediates'}
+  caught = everything['intermediates']['SpikingNeuron_0']['__call__']
+  close(caught[0], y)
+  bound = Net().bind(variables, mutable=['batch_stats'])
+  close(bound(x)[0], y)
+  assert bound.variables['batch_stats']['TdBatchNorm_0']['mean'].any()
+  frozen = nn.FrozenDict(variables)
+  close(Net().apply(frozen, x, mutable=['batch_stats'])[0][0], y)
+  wide = {'width': 200}
+  assert 'SpikingNeuron_0' in Net().tabulate(KEY, x, console_kwargs=wide)
+
+
+# NNX.
+
+
+class NnxNet(nnx.Module):
+  """The same layers."""
+
+  def __init__(self, rngs, axis_name=None):
+    self.dense = snnx.Dense(5, 5, rngs=rngs)
+    self.norm = snnx.TdBatchNorm(5, axis_name=axis_name)
+    self.neuron = snnx.SpikingNeuron(num_steps=2, axis_name=axis_name)
+
+  def __call__(self, x):
+    """[2, B, 5] to spikes."""
+    return self.neuron(self.norm(self.dense(x)))
+
+
+def call(net, x):
+  return net(x)
+
+
+def skip(net, x):
+  return x
+
+
+NNX = {
+  'jit': lambda net, x, **g: nnx.jit(call, **g)(net, x),
+  'remat': lambda net, x, **g: nnx.remat(call, **g)(net, x),
+  'cond': lambda net, x, **g: nnx.cond(True, call, skip, net, x, **g),
+  'switch': lambda net, x, **g: nnx.switch(1, [skip, call], net, x, **g),
+  'fori_loop': lambda net, x, **g: nnx.fori_loop(
+    0, 1, lambda i, c: (c[0], c[0](c[1])), (net, x), **g
+  )[1],
+  'view': lambda net, x, **g: nnx.view(net, use_running_average=False, **g)(x),
+  'eval_shape': lambda net, x, **g: (
+    nnx.eval_shape(call, net, x, **g), net(x),
+  )[1],
+  'clone': lambda net, x, **g: (nnx.clone(net, **g)(x), net(x))[1],
+  'split and merge': lambda net, x, **g: nnx.merge(*nnx.split(net, **g))(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('graph', [True, False])
+@pytest.mark.parametrize('how', NNX)
+def test_transformations_of_nnx_change_nothing(how, graph):
+  """Both ways that NNX has to see a module: as a graph and as a tree."""
+  x = trained()[0]
+  nets = [NnxNet(nnx.Rngs(0)) for _ in range(2)]
+  expected = nets[0](x)
+  close(NNX[how](nets[1], x, graph=graph), expected)
+  stats = [nnx.to_pure_dict(nnx.state(net, nnx.BatchStat)) for net in nets]
+  close(*stats)
+  assert stats[0]['neuron']['running_threshold'].any()
+
+
+def test_an_ensemble_in_nnx():
+  x = trained()[0]
+  ensemble = nnx.vmap(NnxNet, in_axes=0, out_axes=0)(nnx.Rngs(0).split(3))
+  y = nnx.jit(nnx.vmap(call, in_axes=(0, None)))(ensemble, x)
+  assert y.shape == (3, *x.shape) and (y[0] != y[1]).any()
+  assert ensemble.neuron.running_threshold.shape == (3, 2)
+
+
+def test_a_vmap_with_an_axis_name_is_the_whole_batch_in_nnx():
+  x = trained()[0]
+  whole, net = NnxNet(nnx.Rngs(0)), NnxNet(nnx.Rngs(0), 'batch')
+  parts = nnx.vmap(
+    call, in_axes=(None, 1), out_axes=1, axis_name='batch', graph=False
+  )
+  y = nnx.jit(parts, graph=False)(net, x.reshape(2, 2, 2, 5))
+  close(y.reshape(x.shape), whole(x))
+  close(net.neuron.running_threshold[...], whole.neuron.running_threshold[...])
+
+
+def test_what_nnx_offers_around_a_module():
+  net = NnxNet(nnx.Rngs(0))
+  net.set_attributes(snnx.TdBatchNorm, use_running_average=True)
+  assert net.norm.use_running_average and not net.neuron.use_running_average
+  viewed = nnx.with_attributes(net, use_running_average=True)
+  assert viewed.neuron.use_running_average
+  info = nnx.view_info(net)
+  assert 'SpikingNeuron:' in info and 'TdBatchNorm:' in info
+  assert 'running thresholds' in info
+  assert 'BatchStat: 12' in repr(net)
+  graphs = [nnx.graphdef(NnxNet(nnx.Rngs(seed))) for seed in (0, 1)]
+  assert graphs[0] == graphs[1] and hash(graphs[0]) == hash(graphs[1])
+  x = trained()[0]
+  flops = {'compute_flops': True, 'compute_vjp_flops': True}
+  plain = {'width': 200, 'force_terminal': False}
+  table = nnx.tabulate(net, x, console_kwargs=plain, **flops)
+  assert 'running_threshold: float32[2]' in table and 'affine' not in table
+
+
+def test_bridges_between_linen_and_nnx():
+  x, variables, plain = trained()
+  expected, _ = plain(variables, x)[0]
+  net = nnx.bridge.to_linen(NnxNet)
+  made = net.init(KEY, x)
+  names = {'Dense_0': 'dense', 'TdBatchNorm_0': 'norm'}
+  names['SpikingNeuron_0'] = 'neuron'
+  renamed = {
+    kind: {names[name]: tree for name, tree in trees.items()}
+    for kind, trees in variables.items()
+  }
+  assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, renamed)
+  y, updates = net.apply(renamed, x, mutable=['batch_stats'])
+  close(y, expected)
+  assert (updates['batch_stats']['neuron']['running_threshold'] != 1).all()
+
+  neuron = snn.SpikingNeuron(use_running_average=False)
+  wrapped = nnx.bridge.ToNNX(neuron, rngs=nnx.Rngs(0)).lazy_init(x)
+  close(wrapped(x, mutable=['batch_stats']), neurons.run(x)[0])
+  assert isinstance(wrapped.running_threshold, nnx.BatchStat)
+  assert (wrapped.running_threshold[...] != 1).all()
+
+
+# Transformations and flags of JAX.
+
+FLAGS = {
+  'enable_checks': lambda: jax.enable_checks(True),
+  'check_tracer_leaks': lambda: jax.check_tracer_leaks(True),
+  'numpy_rank_promotion': lambda: jax.numpy_rank_promotion('raise'),
+  'numpy_dtype_promotion': lambda: jax.numpy_dtype_promotion('strict'),
+  'enable_x64': lambda: jax.enable_x64(True),
+  'debug_key_reuse': lambda: jax.debug_key_reuse(True),
+}
+
+
+@pytest.mark.parametrize('flag', FLAGS)
+def test_a_training_step_is_traced_under_any_flag(flag):
+  x = trained()[0]
+  with FLAGS[flag]():
+    variables = jax.eval_shape(Net().init, KEY, x)
+    (y, _), _ = jax.eval_shape(functools.partial(step, Net()), variables, x)
+  assert y.shape == x.shape
+
+
+@pytest.mark.parametrize('method', ['ds_atgo', 'vanilla'])
+def test_nothing_undefined_is_computed_on_the_way(method):
+  """Of silence, of a constant, of anything: no false alarm by checkify."""
+
+  def there_and_back(x):
+    mean, variance = tdbn.measure(x)
+    norm = tdbn.affine(mean, variance, jnp.ones(5), jnp.zeros(5))
+    y, pull = jax.vjp(lambda x: neurons.run(norm(x), method=method)[0], x)
+    return y, pull(y)
+
+  checked = checkify.checkify(there_and_back, errors=checkify.float_checks)
+  checked, x = jax.jit(checked), normal(1, 4, 5)
+  for value in (x, 0 * x, 0 * x + 1):
+    error, _ = checked(value)
+    error.throw()
+
+
+def test_control_flow_and_batches_of_batches():
+  x, variables, plain = trained()
+  x = jnp.stack([x, x[::-1]])
+  one = functools.partial(step, Net(), variables)
+  each = [plain(variables, a) for a in x]
+  expected = jax.tree.map(lambda *a: jnp.stack(a), *each)
+  close(jax.jit(jax.vmap(one))(x), expected)
+  close(jax.jit(lambda x: jax.lax.map(jax.checkpoint(one), x))(x), expected)
+
+  def kept(stats, x):
+    (y, _), updates = Net().apply(
+      variables | {'batch_stats': stats}, x, mutable=['batch_stats']
+    )
+    return updates['batch_stats'], y
+
+  # The carry of a loop keeps its types.
+  jax.eval_shape(
+    lambda s, x: jax.lax.scan(kept, s, x), variables['batch_stats'], x
+  )
+
+
+# Explicit mesh axes, those of `jax.make_mesh`.
+
+
+class Explicit(nn.Module):
+  """Neurons that normalise, and a mask."""
+
+  @nn.compact
+  def __call__(self, x, mask):
+    """[T, B, C] to spikes."""
+    affine = snn.TdBatchNorm(False).affine(x, mask=mask)
+    neuron = snn.SpikingNeuron(use_running_average=False)
+    return neuron(x, norm=affine, mask=mask)
+
+
+def test_explicit_sharding_of_batch_and_channels():
+  x, mask = np.asarray(normal(2, 4, 6)), np.array([True, True, True, False])
+  variables = jax.jit(Explicit().init)(KEY, x, mask)
+
+  @jax.jit
+  def step(variables, x, mask):
+    def loss(params, x):
+      y, updates = Explicit().apply(
+        variables | {'params': params}, x, mask,
+        mutable=['batch_stats', 'spiking'],
+      )  # fmt: skip
+      return jnp.sum(y * y), (y, updates)
+
+    gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    return gradient(variables['params'], x)
+
+  expected = step(variables, x, mask)
+  mesh = jax.make_mesh((2, 2), ('data', 'model'))
+
+  def put(a, *spec):
+    return jax.device_put(np.asarray(a), jax.NamedSharding(mesh, jax.P(*spec)))
+
+  with jax.set_mesh(mesh):
+    spec = jax.P(None, 'data', 'model')
+    variables = jax.tree.map(put, variables)
+    got = step(variables, put(x, *spec), put(mask, 'data'))
+    assert jax.typeof(got[0][1][0]).sharding.spec == spec
+  close(jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, expected))
+
+
+def test_explicit_sharding_of_other_layers():
+  """Seen when traced: pools, repeats, NNX, a part of a recording, an RNN."""
+  mesh = jax.make_mesh((4,), ('data',))
+
+  def batch(*shape, axis=1, dtype=jnp.float32):
+    spec = jax.P(*[None] * axis, 'data')
+    sharding = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def axes(function, *args):
+    """Which axis of each output is sharded."""
+    return [
+      [i for i, name in enumerate(a.sharding.spec) if name == 'data']
+      for a in jax.tree.leaves(jax.eval_shape(function, *args))
+    ]
+
+  with jax.set_mesh(mesh):
+    x, image = batch(3, 8, 4, 4, 2), batch(8, 4, 4, 2, axis=0)
+    assert axes(lambda x: snn.repeat_in_time(x, 3), image) == [[1]]
+    for pool in (snn.avg_pool, snn.max_pool):
+      slope = jax.grad(lambda x, pool=pool: pool(x, (2, 2)).sum())
+      assert axes(slope, x) == [[1]]
+
+    net = nnx.Sequential(snnx.TdBatchNorm(2), snnx.SpikingNeuron(num_steps=3))
+    graph, values = nnx.split(net)
+    assert axes(lambda v, x: nnx.merge(graph, v)(x), values, x) == [[1]]
+
+    state = neurons.NeuronState(image, jax.ShapeDtypeStruct((), jnp.int32))
+    neuron = snnx.SpikingNeuron(num_steps=5)
+    graph, values = nnx.split(neuron)
+
+    def part(values, x, state):
+      neuron = nnx.merge(graph, values)
+      return neuron(x, state=state, return_state=True)
+
+    assert axes(part, values, x, state) == [[1], [0], []]
+
+    rnn = nn.RNN(
+      snn.SpikingCell(use_running_average=False), time_major=True,
+      variable_axes={'batch_stats': 0},
+    )  # fmt: skip
+    carry = state._replace(t=batch(8, axis=0, dtype=jnp.int32))
+    variables = jax.eval_shape(
+      lambda: rnn.init(KEY, jnp.zeros((3, 8, 4, 4, 2)))
+    )
+    assert axes(
+      lambda v, x, c: rnn.apply(
+        v, x, initial_carry=c, mutable=['batch_stats']
+      )[0],
+      variables, x, carry,
+    ) == [[1]]  # fmt: skip
