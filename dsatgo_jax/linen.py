@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dsatgo_jax import methods, neurons, surrogate, tdbn, threshold
+from dsatgo_jax import methods, neurons, statistics, surrogate, tdbn, threshold
 from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.neurons import NeuronState as NeuronState
 from dsatgo_jax.time_axis import fold_time as fold_time
@@ -90,10 +90,12 @@ class TdBatchNorm(nn.Module):
       The normalised x, of its shape.
 
     Raises:
-      ValueError: x is complex or has no axis, or the mask does not fit it.
+      ValueError: x is complex or has no axis, the mask does not fit it, or
+        dtype is not floating point.
     """
     affine, x = self.affine(x, use_running_average, mask=mask), jnp.asarray(x)
-    return affine(x).astype(self.dtype or jnp.result_type(x, affine.bias))
+    dtype = self.dtype or jnp.result_type(x, affine.bias)
+    return affine(x).astype(statistics.floating(dtype))
 
   @nn.compact
   def affine(

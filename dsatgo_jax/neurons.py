@@ -139,8 +139,8 @@ def run(
   Raises:
     ValueError: x has no batch axis or is complex; a parameter does not
       broadcast against x[0], or must be positive and is not; running averages,
-      state or mask do not fit x; an unknown method or reset, or less than two
-      neurons in all, which have no deviation.
+      state or mask do not fit x; an unknown method or reset, a dtype that is
+      not floating point, or a single neuron in all, which has no deviation.
   """
   x = sequence(x)
   if reset not in RESETS:
@@ -151,7 +151,7 @@ def run(
   method = methods.get(method)
   settings = Settings(
     method, surrogate, reset, detach_reset, axis_name,
-    jnp.dtype(dtype or x.dtype), record, state is None,
+    statistics.floating(dtype or x.dtype), record, state is None,
   )  # fmt: skip
   state = at_rest(x[0]) if state is None else jax.tree.map(jnp.asarray, state)
   if state.v.shape != x.shape[1:]:

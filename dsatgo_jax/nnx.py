@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsatgo_jax import methods, neurons, surrogate, tdbn
+from dsatgo_jax import methods, neurons, statistics, surrogate, tdbn
 from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.neurons import NeuronState as NeuronState
 from dsatgo_jax.threshold import learnable
@@ -145,7 +145,8 @@ class TdBatchNorm(nnx.Module):
     """
     x = jnp.asarray(x)
     affine = self._affine(x, use_running_average, mask)
-    return affine(x).astype(self.dtype or jnp.result_type(x, affine.bias))
+    dtype = self.dtype or jnp.result_type(x, affine.bias)
+    return affine(x).astype(statistics.floating(dtype))
 
   def affine(
     self, x, use_running_average: bool | None = None, *, mask=None

@@ -213,6 +213,24 @@ def _add_each(a, b):
   return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
+def floating(dtype) -> jnp.dtype:
+  """The dtype of an output.
+
+  Args:
+    dtype: anything that names one.
+
+  Returns:
+    It.
+
+  Raises:
+    ValueError: it is not floating point, and so would pass no gradient.
+  """
+  dtype = jnp.dtype(dtype)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f'Expected a floating-point dtype, got {dtype=!s}.')
+  return dtype
+
+
 def axis_size(axis_name) -> int:
   """How many devices a mapped axis, or axes, have; 1 for none."""
   return lax.axis_size(axis_name) if axis_name else 1

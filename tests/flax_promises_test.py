@@ -178,6 +178,22 @@ def test_dtypes_are_batch_norms(x, dtype, params):
     )
 
 
+@pytest.mark.parametrize('dtype', ['int32', 'bool', 'complex64'])
+def test_outputs_that_pass_no_gradient(dtype):
+  """Refused as by Flax, which allows complex numbers."""
+  x, settings = normal(3, 4, 5), {'dtype': jnp.dtype(dtype)}
+  message = f'floating-point dtype, got dtype={dtype}'
+  for kind in (snn.TdBatchNorm, snn.SpikingNeuron):
+    with pytest.raises(ValueError, match=message):
+      kind(**settings).init(KEY, x, True)
+  for kind in (snnx.SpikingNeuron, functools.partial(snnx.TdBatchNorm, 5)):
+    module = kind(
+      **{'num_steps': 3} if kind is snnx.SpikingNeuron else {}, **settings
+    )
+    with pytest.raises(ValueError, match=message):
+      module(x)
+
+
 # Masks.
 
 

@@ -281,6 +281,7 @@ OF_SETTINGS = {
   'neurons.shared_time',
   'neurons.static',
   'statistics.axis_size',
+  'statistics.floating',
   'statistics.warn_if_not_pooled',
   'tdbn.mask_of',
   'threshold.is_measured',
