@@ -42,6 +42,7 @@ import numpy as np
 from flax import linen as nn
 
 from dsatgo_jax import (
+  layers,
   methods,
   neurons,
   probes,
@@ -53,13 +54,14 @@ from dsatgo_jax import (
 from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.neurons import NeuronState as NeuronState
 from dsatgo_jax.time_axis import fold_time as fold_time
+from dsatgo_jax.time_axis import over_leading_axes
 from dsatgo_jax.time_axis import repeat_in_time as repeat_in_time
 
 # Flax folds all leading axes into the batch: [T, B, H, W, C] goes in as it is.
 Conv = functools.partial(nn.Conv, kernel_init=kaiming_normal)
 Dense = nn.Dense
-avg_pool = fold_time(nn.avg_pool)
-max_pool = fold_time(nn.max_pool)
+avg_pool = over_leading_axes(nn.avg_pool)
+max_pool = over_leading_axes(nn.max_pool)
 
 
 class TdBatchNorm(nn.Module):
@@ -83,6 +85,9 @@ class TdBatchNorm(nn.Module):
     axis_name: mapped axis over which the batch is spread.
     dtype: of the output; None for the promoted one.
     param_dtype: of scale and bias.
+    scale_init: of the scale, in the place of its start above; to partition it,
+      `nn.with_partitioning(nn.initializers.ones, ('model',))`.
+    bias_init: of the bias.
   """
 
   use_running_average: bool | None = None
@@ -95,6 +100,8 @@ class TdBatchNorm(nn.Module):
   axis_name: Any = None
   dtype: Any = None
   param_dtype: Any = jnp.float32
+  scale_init: Callable | None = None
+  bias_init: Callable = nn.initializers.zeros
 
   def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
     """Normalises x.
@@ -107,9 +114,14 @@ class TdBatchNorm(nn.Module):
 
     Returns:
       The normalised x, of its shape.
+
+    Raises:
+      ValueError: x is complex or has no axis, the mask does not fit it, or
+        dtype is not floating point.
     """
-    y = self.affine(x, use_running_average, mask=mask)(x)
-    return y.astype(self.dtype or jnp.result_type(x, self.param_dtype))
+    affine, x = self.affine(x, use_running_average, mask=mask), jnp.asarray(x)
+    dtype = self.dtype or jnp.result_type(x, affine.bias)
+    return affine(x).astype(statistics.floating(dtype))
 
   @nn.compact
   def affine(
@@ -131,26 +143,31 @@ class TdBatchNorm(nn.Module):
     use_running_average = nn.merge_param(
       'use_running_average', self.use_running_average, use_running_average
     )
+    x = jnp.asarray(x)
     shape, factor = x.shape[-1:], self.alpha * self.v_th
-    start = nn.initializers.constant(1.0 if self.factored else factor)
+    start = self.scale_init or nn.initializers.constant(
+      1.0 if self.factored else factor
+    )
     scale = self.param('scale', start, shape, self.param_dtype)
-    bias = self.param('bias', nn.initializers.zeros, shape, self.param_dtype)
+    bias = self.param('bias', self.bias_init, shape, self.param_dtype)
     running_dtype = jnp.promote_types(self.param_dtype, jnp.float32)
     running = [
       self.variable('batch_stats', name, fill, shape, running_dtype)
       for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))
     ]
-    if use_running_average:
-      mean, variance = (r.value for r in running)
-    else:
-      active = not self.is_initializing()
-      axis_name = self.axis_name if active else ()
-      mask = tdbn.mask_of(x, self.repeats, mask)
-      mean, variance = tdbn.measure(x, axis_name, mask)
-      if active:
-        unbiased = tdbn.unbiased(variance, x, self.repeats, axis_name, mask)
-        for r, new in zip(running, (mean, unbiased), strict=True):
-          r.value = statistics.running_average(r.value, new, self.momentum)
+    active = not self.is_initializing()
+    (mean, variance), new = tdbn.layer(
+      x,
+      (running[0].value, running[1].value),
+      use_running_average=use_running_average,
+      repeats=self.repeats,
+      momentum=self.momentum,
+      axis_name=self.axis_name if active else (),
+      mask=mask,
+    )
+    if active and not use_running_average:
+      for r, value in zip(running, new, strict=True):
+        r.value = value
     if self.factored:
       scale = factor * scale
     return tdbn.affine(mean, variance, scale, bias, self.epsilon)
@@ -210,6 +227,11 @@ class SpikingNeuron(nn.Module):
   dtype: Any = None
   param_dtype: Any = jnp.float32
 
+  def __post_init__(self):
+    for name in ('decay', 'v_th', 'f_c', 'width'):
+      setattr(self, name, layers.static(getattr(self, name)))
+    super().__post_init__()
+
   def __call__(
     self,
     x,
@@ -224,7 +246,7 @@ class SpikingNeuron(nn.Module):
     """Runs the neurons over x.
 
     Args:
-      x: pre-synaptic input, [T, B, ...].
+      x: pre-synaptic input, [T, B, ...]; integers are taken as float32.
       use_running_average: in the place of the attribute; not both.
       mask: [T, B] or [B], whether an example is real at a timestep; statistics
         and running thresholds are those of what is. None for all of it.
@@ -238,7 +260,8 @@ class SpikingNeuron(nn.Module):
       Spikes [T, B, ...], or (spikes, state).
 
     Raises:
-      ValueError: a setting out of its range, x without a batch axis, or T that
+      ValueError: a setting out of its range, x complex or without a batch axis,
+        a single neuron in all (which has no deviation) in training, or T that
         is not that of the running thresholds.
     """
     spikes, state = self._run(
@@ -265,7 +288,7 @@ class SpikingNeuron(nn.Module):
     neurons.check_positive(
       num_steps=self.num_steps, v_th=self.v_th, f_c=self.f_c, width=self.width
     )
-    neurons.check_shares(self.decay, self.learn_decay, self.momentum)
+    layers.check_shares(self.decay, self.learn_decay, self.momentum)
     method = methods.get(self.method, self.threshold, self.width_signal)
     decay, v_th = self.decay, self.v_th
     if self.learn_decay:
@@ -283,17 +306,17 @@ class SpikingNeuron(nn.Module):
       decay, v_th, self.f_c, self.width, tdbn_scale, norm, gates
     )
 
-    x = jnp.asarray(x)
+    x = neurons.sequence(x)
     lead = () if per_step else (self.num_steps or x.shape[0],)
     initial = parameters._replace(v_th=self.v_th)
     averages = {
       name: self.variable(
         'batch_stats',
         f'running_{name}',
-        neurons.initial_average,
+        layers.initial_average,
         *(rule, initial, lead, x.dtype),
       )
-      for name, rule in neurons.averaged(method).items()
+      for name, rule in layers.averaged(method).items()
     }
     running = {
       name: average.value[None] if per_step else average.value
@@ -304,7 +327,7 @@ class SpikingNeuron(nn.Module):
       for average in running.values():
         num_steps = average.shape[0]
     active = not self.is_initializing()
-    spikes, state, told, new = neurons.layer(
+    spikes, state, told, new = layers.layer(
       x,
       parameters,
       method,
@@ -324,7 +347,7 @@ class SpikingNeuron(nn.Module):
       dtype=self.dtype,
       record=[
         name
-        for name in neurons.COLLECTIONS
+        for name in layers.COLLECTIONS
         if active and self.is_mutable_collection(name)
       ],
       probes=self._probes(x, per_step) if active else None,
@@ -335,6 +358,8 @@ class SpikingNeuron(nn.Module):
         average.value = value[0] if per_step else value
     for collection, values in told.items():
       for name, value in values.items():
+        if per_step and jnp.ndim(value):  # Stacked by the scan.
+          value = value[0]
         self.sow(collection, name, value, reduce_fn=lambda _, new: new)
     return spikes, state
 
@@ -358,7 +383,16 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
   keeps its own statistics:
 
       nn.RNN(cell, time_major=True, variable_axes={'batch_stats': 0})
+
+  Padding beyond the RNN's `seq_lengths` is in the statistics, since a cell does
+  not see it; `SpikingNeuron(...)(x, mask=...)` leaves it out.
+
+  Attributes:
+    num_feature_axes: how many of x's last axes are no batch axes, for RNNs that
+      are not time-major: 3 for x [B, T, H, W, C], whose W would else be time.
   """
+
+  num_feature_axes: int = 1
 
   def __call__(  # type: ignore[override]
     self, carry: NeuronState, x, use_running_average=None
@@ -366,17 +400,22 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
     """One timestep.
 
     Args:
-      carry: the `NeuronState` before it.
+      carry: the `NeuronState` before it; its t may be [B]. Examples at
+        different timesteps have no t that a rule could read.
       x: pre-synaptic input, [B, ...].
       use_running_average: in the place of the attribute; not both.
 
     Returns:
       (state, spikes [B, ...]).
     """
-    spikes, carry = self._run(
-      x[None], use_running_average, carry, True, per_step=True
+    spikes, state = self._run(
+      jnp.asarray(x)[None],
+      use_running_average,
+      carry._replace(t=layers.shared_time(carry.t)),
+      True,
+      per_step=True,
     )
-    return carry, spikes[0]
+    return state._replace(t=carry.t + 1), spikes[0]
 
   @nn.nowrap
   def initialize_carry(self, rng, input_shape) -> NeuronState:
@@ -387,12 +426,7 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
       input_shape: x's.
 
     Returns:
-      A `NeuronState`.
+      A `NeuronState`, its t [B].
     """
     del rng
-    return neurons.at_rest(jnp.zeros(input_shape, self.dtype or jnp.float32))
-
-  @property
-  def num_feature_axes(self) -> int:
-    """One: the last axis of x."""
-    return 1
+    return layers.initial_carry(input_shape, self.dtype, self.param_dtype)

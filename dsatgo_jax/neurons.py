@@ -14,7 +14,15 @@ import numpy as np
 from jax import lax
 
 from dsatgo_jax import fused as fused_scan
-from dsatgo_jax import methods, statistics, surrogate, threshold, width, xla
+from dsatgo_jax import (
+  methods,
+  statistics,
+  surrogate,
+  tdbn,
+  threshold,
+  width,
+  xla,
+)
 from dsatgo_jax.dynamics import (
   PATHS,
   RECORDS,
@@ -117,7 +125,7 @@ def run(
   in. Padding that `mask` marks is in no statistic; what it fires is not zero.
 
   Args:
-    x: pre-synaptic input, [T, B, ...].
+    x: pre-synaptic input, [T, B, ...]; integers are taken as float32.
     parameters: the neuron's numbers.
     method: a name of `methods.METHODS`, or a `methods.Method`.
     state: the state to go on from; None for a neuron at rest.
@@ -149,16 +157,12 @@ def run(
     each of its fields [T]. Of these u and v alone carry a gradient.
 
   Raises:
-    ValueError: x has no batch axis or is not floating point; a parameter does
-      not broadcast against x[0], or must be positive and is not; running
-      averages, state or mask do not fit x; an unknown method or reset, or one
-      neuron in all.
+    ValueError: x has no batch axis or is complex; a parameter does not
+      broadcast against x[0], or must be positive and is not; running averages,
+      state or mask do not fit x; an unknown method or reset, a dtype that is
+      not floating point, or a single neuron in all, which has no deviation.
   """
-  x = jnp.asarray(x)
-  if x.ndim < 2 or not x.shape[0] or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(
-      f'Expected floating-point x [T, B, ...], got {x.dtype}{list(x.shape)}.'
-    )
+  x = sequence(x)
   if reset not in RESETS:
     raise ValueError(
       f'Expected reset to be one of {", ".join(map(repr, RESETS))}, '
@@ -168,10 +172,9 @@ def run(
   if isinstance(record, bool):
     record = record * ('activity',)
   method = methods.get(method)
-  parameters = _checked(parameters, method, reset, x)
   settings = Settings(
     method, surrogate, reset, _chosen('cut', cut, PATHS), axis_name,
-    jnp.dtype(dtype or x.dtype), _chosen('record', record, RECORDS),
+    statistics.floating(dtype or x.dtype), _chosen('record', record, RECORDS),
     state is None,
   )  # fmt: skip
   probes = dict(probes or {})
@@ -181,12 +184,12 @@ def run(
         f'Expected the probe {name!r} for x of shape {x.shape} to be of shape '
         f'{shape}, got shape {probe.shape}.'
       )
-  if state is None:
-    state = at_rest(x[0])
+  state = at_rest(x[0]) if state is None else jax.tree.map(jnp.asarray, state)
   if state.v.shape != x.shape[1:]:
     raise ValueError(
       f'Expected a state for x[0] of shape {x.shape[1:]}, got {state.v.shape=}.'
     )
+  parameters = _checked(parameters, method, reset, x, state.v.dtype)
   for name, average in (running or Running())._asdict().items():
     if average is not None and not (
       average.shape[:1] == x.shape[:1] and _fits(average[0], x[0])
@@ -199,29 +202,46 @@ def run(
     statistics.warn_if_not_pooled(axis_name, x)
   if fused is None:
     fused = not getattr(surrogate, 'forward_mode', False)
+  fused &= 0 not in x.shape  # An empty batch needs no saving.
   return _run(
-    settings, fused, x, state, parameters, running, over_time(mask, x), probes
+    settings,
+    fused,
+    x,
+    state,
+    parameters,
+    running,
+    tdbn.mask_of(x, mask),
+    probes,
   )
 
 
 # So that eager calls compile once; within a program XLA dissolves it.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(settings, fused, x, state, parameters, running, mask, probes):
-  if 'u' in probes:
-    x = presynaptic(x, parameters) + probes['u']
-    parameters = parameters._replace(norm=None)
-  v = xla.vary_like(x, state.v.astype(parameters.decay.dtype))
-  inputs = settings, x, v, state.t, parameters, running, mask
-  sums = {name: probes[name] for name in SUMS if name in probes}
-  if fused or sums:
-    spikes, v, happened = fused_scan.run(*inputs, sums)
-  else:
-    spikes, v, happened = plain(*inputs)
-  if 's' in probes:
-    spikes += probes['s'].astype(spikes.dtype)
-  state = NeuronState(v, state.t + x.shape[0])
-  membranes = {'u': happened.u, 'v': happened.v}
-  return spikes, state, lax.stop_gradient(happened)._replace(**membranes)
+  def scan(x, state, parameters, running, mask, probes):
+    if 'u' in probes:
+      x = presynaptic(x, parameters) + probes['u']
+      parameters = parameters._replace(norm=None)
+    v = xla.vary_like(x, state.v.astype(parameters.decay.dtype))
+    inputs = settings, x, v, state.t, parameters, running, mask
+    sums = {name: probes[name] for name in SUMS if name in probes}
+    if fused or sums:
+      spikes, v, happened = fused_scan.run(*inputs, sums)
+    else:
+      spikes, v, happened = plain(*inputs)
+    if 's' in probes:
+      spikes += probes['s'].astype(spikes.dtype)
+    state = NeuronState(v, state.t + x.shape[0])
+    membranes = {'u': happened.u, 'v': happened.v}
+    return spikes, state, lax.stop_gradient(happened)._replace(**membranes)
+
+  spec = jax.typeof(x).sharding.spec
+  of_record = dict.fromkeys(Record._fields, jax.P()) | {'u': spec, 'v': spec}
+  scan = xla.automatic(
+    scan,
+    (spec, NeuronState(jax.P(*spec[1:]), jax.P()), Record(**of_record)),
+  )
+  return scan(x, state, parameters, running, mask, probes)
 
 
 def _chosen(name, chosen, known):
@@ -234,8 +254,31 @@ def _chosen(name, chosen, known):
   return tuple(one for one in known if one in chosen)
 
 
-def _checked(parameters, method, reset, x):
-  """The parameters as arrays of the membrane's dtype."""
+def sequence(x) -> jax.Array:
+  """X as layers of neurons take it.
+
+  Args:
+    x: pre-synaptic input, [T, B, ...].
+
+  Returns:
+    x; integers and truth values as float32.
+
+  Raises:
+    ValueError: it has no timestep or no batch axis, or is complex.
+  """
+  x = jnp.asarray(x)
+  if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool:
+    x = x.astype(jnp.float32)
+  if x.ndim < 2 or not x.shape[0] or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      'Expected T >= 1 timesteps of real numbers, x [T, B, ...], got '
+      f'{x.dtype}{list(x.shape)}.'
+    )
+  return x
+
+
+def _checked(parameters, method, reset, x, dtype):
+  """The parameters as arrays of the membrane's dtype: x's and the state's."""
   for name in _NUMBERS:
     value = getattr(parameters, name)
     if not _fits(value, x[0]):
@@ -254,13 +297,13 @@ def _checked(parameters, method, reset, x):
     check_positive(
       **{'the mean of tdbn_scale': None if scale is None else np.mean(scale)}
     )
-  return _arrays(parameters, x.dtype)
+  return arrays(parameters, jnp.promote_types(x.dtype, dtype))
 
 
 _NUMBERS = ('decay', 'v_th', 'f_c', 'width')
 
 
-def _arrays(parameters, dtype):
+def arrays(parameters, dtype):
   """All numbers as arrays, at least float32."""
   dtype = jnp.promote_types(dtype or jnp.float32, jnp.float32)
   numbers = {name: jnp.asarray(getattr(parameters, name)) for name in _NUMBERS}
@@ -278,234 +321,13 @@ def _fits(value, x):
   )
 
 
-def over_time(mask, x):
-  """A mask [T, B] of x [T, B, ...].
-
-  Args:
-    mask: [T, B] or [B]; None for no mask.
-    x: [T, B, ...].
-
-  Returns:
-    [T, B], or None.
-
-  Raises:
-    ValueError: it is of another shape.
-  """
-  if mask is None:
-    return None
-  mask = jnp.asarray(mask, bool)
-  if mask.shape not in (x.shape[:2], x.shape[1:2]):
-    raise ValueError(
-      f'Expected a mask [T, B] or [B] for x [T, B, ...] of shape {x.shape}, '
-      f'got shape {mask.shape}.'
-    )
-  return jnp.broadcast_to(mask, x.shape[:2])
-
-
-def averaged(method: methods.Method) -> dict[str, Callable]:
-  """The rules of which a method keeps running averages, by `Running`'s names.
-
-  Args:
-    method: the rules.
-
-  Returns:
-    `{'threshold' or 'signal': rule}`.
-  """
-  own_signal = method.signal is not method.threshold
-  rules = {'threshold': method.threshold}
-  if own_signal and method.signal is not None:
-    rules['signal'] = method.signal
-  return {
-    name: rule for name, rule in rules.items() if threshold.is_measured(rule)
-  }
-
-
-def initial_average(
-  rule: Callable, parameters: Parameters, lead: tuple[int, ...], dtype=None
-) -> jax.Array:
-  """A running average before training: `v_th` [eq 6].
-
-  Args:
-    rule: what is averaged.
-    parameters: the neuron's numbers.
-    lead: (T,), or () for a single timestep.
-    dtype: of the input; the averages are at least float32.
-
-  Returns:
-    [*lead, ...], the last axes those of what the rule gives, () for a scalar.
-  """
-  parameters = _arrays(parameters, dtype)
-  scalar = jnp.zeros((), parameters.v_th.dtype)
-  value = jax.eval_shape(
-    rule, statistics.Statistics(scalar, scalar), parameters, jnp.int32(0)
-  )
-  # Always an array of its own, that can be donated.
-  return jnp.zeros((*lead, *value.shape), scalar.dtype) + parameters.v_th
-
-
-def layer(
-  x: jax.Array,
-  parameters: Parameters,
-  method: methods.Method,
-  running: Running,
-  *,
-  num_steps: int | None,
-  state: NeuronState | None,
-  whole: bool,
-  use_running_average: bool,
-  momentum: float,
-  mask=None,
-  record: Sequence[str] = (),
-  **settings,
-) -> tuple[jax.Array, NeuronState, dict[str, dict], Running]:
-  """`run`, and the running averages kept: what Linen's and NNX's modules do.
-
-  Args:
-    x: pre-synaptic input, [T, B, ...].
-    parameters: the neuron's numbers.
-    method: the rules.
-    running: averages of a whole recording.
-    num_steps: the timesteps of a whole recording; None for any number.
-    state: the state before x.
-    whole: whether x is all of the recording; else it begins at `state.t`.
-    use_running_average: inference by the averages; they stay as they are.
-    momentum: the share of the old averages that is kept [eq 6].
-    mask: [T, B] or [B]; None for no mask.
-    record: which of `COLLECTIONS` to fill.
-    **settings: further arguments of `run`.
-
-  Returns:
-    Spikes and state of `run`; what happened, by collection and name; and the
-    new running averages.
-
-  Raises:
-    ValueError: what `run` raises; x is not the whole recording, or reaches
-      past its end. Where `state.t` is traced this can't be seen: timesteps past
-      the end then fire NaN in inference, and change no average in training.
-  """
-  start = 0 if whole or state is None else state.t
-  _check_length(x, start, num_steps, whole)
-  times = start + np.arange(x.shape[0], dtype=np.int32)
-  here = running
-  if not whole:
-    here = jax.tree.map(
-      lambda a: a.at[times].get(mode='fill', fill_value=jnp.nan), running
-    )
-  mask = over_time(mask, x)
-  spikes, state, happened = run(
-    x,
-    parameters,
-    method,
-    state=state,
-    running=here if use_running_average else None,
-    mask=mask,
-    record=[COLLECTIONS[name] for name in record],
-    **settings,
-  )
-  told = _told(spikes, happened, mask, settings.get('axis_name'))
-  told = {name: told[name]() for name in record}
-  if not use_running_average:
-    measured = Running(
-      *(
-        None if average is None else value
-        for average, value in zip(running, happened[:2], strict=True)
-      )
-    )
-    if mask is not None:
-      seen = jnp.any(mask, 1)
-      if axis_name := settings.get('axis_name'):
-        seen = lax.pmax(seen.astype(jnp.int32), axis_name) > 0
-      # Of a timestep without a real example nothing is learnt.
-      measured = jax.tree.map(
-        lambda a: jnp.where(
-          lax.expand_dims(seen, range(1, a.ndim)), a, jnp.nan
-        ),
-        measured,
-      )
-    new = jax.tree.map(
-      lambda old, new: statistics.running_average(old, new, momentum),
-      here,
-      measured,
-    )
-    running = (
-      new
-      if whole
-      else jax.tree.map(
-        lambda a, new: a.at[times].set(new, mode='drop'), running, new
-      )
-    )
-  return spikes, state, told, running
-
-
-# Where the modules put what happened, and the part of the `Record` it is.
-COLLECTIONS = {
-  'spiking': 'activity',
-  'histograms': 'histogram',
-  'membranes': 'membrane',
-}
-
-
-def _told(spikes, happened, mask, axis_name):
-  """What goes into each of the collections, as functions."""
-
-  def activity():
-    fired = lax.stop_gradient(spikes != 0)
-    real = True if mask is None else _like(mask, fired)
-    pooled = {
-      'axis_name': axis_name,
-      'mask': None if mask is None else jnp.any(mask, 0),
-    }
-    return happened.scalars() | {
-      'silent_share': statistics.share(~jnp.any(fired & real, 0), **pooled),
-      'always_share': statistics.share(
-        jnp.all(fired | ~jnp.asarray(real), 0), **pooled
-      ),
-    }
-
-  return {
-    'spiking': activity,
-    'histograms': lambda: {'membrane': happened.histogram},
-    'membranes': lambda: {'u': happened.u, 'v': happened.v, 'spikes': spikes},
-  }
-
-
-def _like(mask, x):
-  """A mask with x's axes."""
-  return lax.expand_dims(mask, range(mask.ndim, x.ndim))
-
-
-def _check_length(x, start, num_steps, whole):
-  """Raises a `ValueError` for timesteps that the neuron does not have."""
-  if num_steps is None:
-    return
-  known = not isinstance(start, jax.core.Tracer)
-  end = x.shape[0] + (int(start) if known else 0)
-  if end > num_steps or (whole and end != num_steps):
-    raise ValueError(
-      'This neuron was built for so many timesteps (num_steps, or its running '
-      f'values): expected T = {num_steps} in all, got x with T = {x.shape[0]}'
-      + (f' from timestep {int(start)} on' if known and start else '')
-      + f', of shape {x.shape}. x is [T, B, ...], time first.'
-    )
-
-
 def logit(decay):
   """PLIF's `w` for a decay: `decay = sigmoid(w)`; -log(4) for 0.2."""
+  if isinstance(decay, jax.core.Tracer):
+    return jax.scipy.special.logit(decay)
   if np.ndim(decay):
     return np.log(decay) - np.log1p(-np.asarray(decay))
   return math.log(decay / (1 - decay))
-
-
-def check_shares(decay, learn_decay, momentum):
-  """Raises a `ValueError` for a decay or a momentum out of its range."""
-  low, high = np.min(decay), np.max(decay)
-  if not (0 < low <= high < 1 if learn_decay else 0 <= low <= high <= 1):
-    raise ValueError(
-      'Expected 0 <= decay <= 1, the retained fraction, both ends excluded if '
-      f'it is learnt, got {decay=}, {learn_decay=}.'
-    )
-  if not 0 <= momentum <= 1:
-    raise ValueError(f'Expected 0 <= momentum <= 1, got {momentum=}.')
 
 
 def check_positive(**values):

@@ -29,21 +29,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from dsatgo_jax import methods, neurons, probes, statistics, surrogate, tdbn
+from dsatgo_jax import (
+  layers,
+  methods,
+  neurons,
+  probes,
+  statistics,
+  surrogate,
+  tdbn,
+)
 from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.neurons import NeuronState as NeuronState
 from dsatgo_jax.threshold import learnable
 from dsatgo_jax.time_axis import fold_time as fold_time
+from dsatgo_jax.time_axis import over_leading_axes
 from dsatgo_jax.time_axis import repeat_in_time as repeat_in_time
 
 # Flax folds all leading axes into the batch: [T, B, H, W, C] goes in as it is.
 Conv = functools.partial(nnx.Conv, kernel_init=kaiming_normal)
 Dense = nnx.Linear
-avg_pool = fold_time(nnx.avg_pool)
-max_pool = fold_time(nnx.max_pool)
+avg_pool = over_leading_axes(nnx.avg_pool)
+max_pool = over_leading_axes(nnx.max_pool)
 
 
 class Histogram(nnx.Variable):
@@ -66,23 +74,31 @@ CAPTURED = {
 }
 
 
-def _static(value):
-  """A number as it is, an array as tuples: static to NNX."""
-  if np.ndim(value) == 0:
-    return value
-  return tuple(_static(item) for item in np.asarray(value).tolist())
+def _chosen(use_running_average, module) -> bool:
+  """The call's setting, else the module's."""
+  if use_running_average is None:
+    use_running_average = module.use_running_average
+  if use_running_average is None:
+    raise ValueError(
+      f'Expected use_running_average for {type(module).__name__}, as its '
+      'attribute, in the call, or by train(), eval() or nnx.view, got None.'
+    )
+  return use_running_average
 
 
-def _length_of_rnn():
-  """T of the `nnx.RNN` that is calling, None outside of one.
+def _length_of_rnn(t):
+  """T of the `nnx.RNN` that carries the time t; None if there is no such one.
 
   The body of a scan cannot ask for its length, and past the end of the running
   thresholds it would be too late for an error.
   """
-  frame = inspect.currentframe()
+  frame, carried = inspect.currentframe(), False
   while frame and frame.f_code is not nnx.RNN.__call__.__code__:
+    if frame.f_code.co_name == 'scan_fn':
+      carry = jax.tree.leaves(frame.f_locals.get('carry'))
+      carried = any(leaf is t for leaf in carry)
     frame = frame.f_back
-  if frame and 'time_axis' in frame.f_locals:
+  if frame and carried and 'time_axis' in frame.f_locals:
     return frame.f_locals['inputs'].shape[frame.f_locals['time_axis']]
   return None
 
@@ -104,6 +120,8 @@ class TdBatchNorm(nnx.Module):
     axis_name: Any = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
+    scale_init: Callable | None = None,
+    bias_init: Callable = nnx.initializers.zeros,
     rngs: nnx.Rngs | None = None,
   ):
     """Makes the parameters; those not listed are as Linen's.
@@ -120,17 +138,21 @@ class TdBatchNorm(nnx.Module):
       axis_name: mapped axis over which the batch is spread.
       dtype: of the output; None for the promoted one.
       param_dtype: of scale and bias.
-      rngs: not needed.
+      scale_init: of the scale, in the place of its start by alpha; to partition
+        it, `nnx.with_partitioning(nnx.initializers.ones, ('model',))`.
+      bias_init: of the bias.
+      rngs: for initializers that need a key; two are drawn, as by Flax.
     """
-    del rngs
     neurons.check_positive(alpha=alpha, v_th=v_th)
     shape, self.factor = (num_features,), alpha * v_th
-    start = 1.0 if factored else self.factor
-    self.scale = nnx.Param(jnp.full(shape, start, param_dtype))
-    self.bias = nnx.Param(jnp.zeros(shape, param_dtype))
+    start = nnx.initializers.constant(1.0 if factored else self.factor)
+    key: Callable = (lambda: None) if rngs is None else rngs.params
+    self.scale = nnx.Param((scale_init or start)(key(), shape, param_dtype))
+    self.bias = nnx.Param(bias_init(key(), shape, param_dtype))
     running_dtype = jnp.promote_types(param_dtype, jnp.float32)
     self.mean = nnx.BatchStat(jnp.zeros(shape, running_dtype))
     self.var = nnx.BatchStat(jnp.ones(shape, running_dtype))
+    self.num_features = num_features
     self.use_running_average = use_running_average
     self.factored = factored
     self.repeats = repeats
@@ -149,27 +171,36 @@ class TdBatchNorm(nnx.Module):
 
     Returns:
       The normalised x, of its shape.
+
+    Raises:
+      ValueError: x is complex or of another number of channels, the mask does
+        not fit it, or `use_running_average` is None here and there.
     """
-    y = self.affine(x, use_running_average, mask=mask)(x)
-    return y.astype(self.dtype or jnp.result_type(x, self.scale[...]))
+    x = jnp.asarray(x)
+    affine = self._affine(x, use_running_average, mask)
+    dtype = self.dtype or jnp.result_type(x, affine.bias)
+    return affine(x).astype(statistics.floating(dtype))
 
   def affine(
     self, x, use_running_average: bool | None = None, *, mask=None
   ) -> tdbn.Affine:
     """Measures x, and leaves it to `SpikingNeuron(...)(x, norm=...)`."""
-    if use_running_average is None:
-      use_running_average = self.use_running_average
+    return self._affine(jnp.asarray(x), use_running_average, mask)
+
+  def _affine(self, x, use_running_average, mask):
+    use_running_average = _chosen(use_running_average, self)
+    (mean, variance), new = tdbn.layer(
+      x,
+      (self.mean[...], self.var[...]),
+      use_running_average=use_running_average,
+      repeats=self.repeats,
+      momentum=self.momentum,
+      axis_name=self.axis_name,
+      mask=mask,
+    )
+    if not use_running_average:
+      self.mean[...], self.var[...] = new
     scale = self.scale[...]
-    if use_running_average:
-      mean, variance = self.mean[...], self.var[...]
-    else:
-      mask = tdbn.mask_of(x, self.repeats, mask)
-      mean, variance = tdbn.measure(x, self.axis_name, mask)
-      unbiased = tdbn.unbiased(variance, x, self.repeats, self.axis_name, mask)
-      for running, new in ((self.mean, mean), (self.var, unbiased)):
-        running[...] = statistics.running_average(
-          running[...], new, self.momentum
-        )
     if self.factored:
       scale = self.factor * scale
     return tdbn.affine(mean, variance, scale, self.bias[...], self.epsilon)
@@ -240,7 +271,7 @@ class SpikingNeuron(nnx.Module):
       ValueError: a setting out of its range.
     """
     del rngs
-    decay, v_th, f_c, width = map(_static, (decay, v_th, f_c, width))
+    decay, v_th, f_c, width = map(layers.static, (decay, v_th, f_c, width))
     self.method = methods.get(method, threshold, width_signal)
     self.num_steps = num_steps
     self.use_running_average = use_running_average
@@ -251,20 +282,20 @@ class SpikingNeuron(nnx.Module):
     self.momentum = momentum
     self.axis_name = axis_name
     self.fused = fused
-    self.dtype = dtype
+    self.dtype, self.param_dtype = dtype, param_dtype
     neurons.check_positive(num_steps=num_steps, v_th=v_th, f_c=f_c, width=width)
-    neurons.check_shares(decay, learn_decay, momentum)
+    layers.check_shares(decay, learn_decay, momentum)
     if learn_decay:
       self.w = nnx.Param(jnp.asarray(neurons.logit(decay), param_dtype))
     learns = self.method.threshold is learnable
     self.v_th = nnx.Param(jnp.asarray(v_th, param_dtype)) if learns else v_th
-    for name, rule in neurons.averaged(self.method).items():
+    for name, rule in layers.averaged(self.method).items():
       if num_steps is None:
         raise ValueError(
           'This method keeps one running value per timestep: expected '
           f'num_steps=T, got {num_steps=}.'
         )
-      average = neurons.initial_average(
+      average = layers.initial_average(
         rule,
         neurons.Parameters(decay, v_th, f_c, width),
         (num_steps,),
@@ -297,16 +328,15 @@ class SpikingNeuron(nnx.Module):
     Returns:
       Spikes [T, B, ...], or (spikes, state).
     """
-    if use_running_average is None:
-      use_running_average = self.use_running_average
+    use_running_average = _chosen(use_running_average, self)
     averages = {
       name: getattr(self, f'running_{name}')
-      for name in neurons.averaged(self.method)
+      for name in layers.averaged(self.method)
     }
     # Outside `nnx.capture`, sowing would cost and keep everything.
     kinds = tuple(map(type, getattr(self, '__captures__', ())))
-    spikes, state, told, running = neurons.layer(
-      jnp.asarray(x),
+    spikes, state, told, running = layers.layer(
+      x,
       neurons.Parameters(
         jax.nn.sigmoid(self.w[...]) if self.learn_decay else self.decay,
         self.v_th[...] if isinstance(self.v_th, nnx.Param) else self.v_th,
@@ -359,8 +389,27 @@ class SpikingCell(SpikingNeuron, nnx.RNNCellBase):
   """`SpikingNeuron` as a recurrent cell, for networks scanned as a whole.
 
   The running thresholds [T] are indexed by the timestep that the carry holds:
-  `nnx.RNN(cell, time_major=True)` equals `SpikingNeuron`.
+  `nnx.RNN(cell, time_major=True)` equals `SpikingNeuron`. Padding beyond the
+  RNN's `seq_lengths` is in the statistics, since a cell does not see it;
+  `SpikingNeuron(...)(x, mask=...)` leaves it out.
+
+  Attributes:
+    num_feature_axes: how many of x's last axes are no batch axes, for RNNs that
+      are not time-major: 3 for x [B, T, H, W, C], whose W would else be time.
   """
+
+  num_feature_axes: int = 1
+
+  def __init__(self, *args, num_feature_axes: int = 1, **settings):
+    """Makes parameters and running values; the settings are the neuron's.
+
+    Args:
+      *args: those of `SpikingNeuron`.
+      num_feature_axes: see above.
+      **settings: those of `SpikingNeuron`.
+    """
+    super().__init__(*args, **settings)
+    self.num_feature_axes = num_feature_axes
 
   def __call__(  # type: ignore[override]
     self, carry: NeuronState, x, use_running_average=None
@@ -368,39 +417,41 @@ class SpikingCell(SpikingNeuron, nnx.RNNCellBase):
     """One timestep.
 
     Args:
-      carry: the `NeuronState` before it.
+      carry: the `NeuronState` before it; its t may be [B]. Of examples at
+        different timesteps the running thresholds are NaN, and not changed.
       x: pre-synaptic input, [B, ...].
       use_running_average: overrides the attribute.
 
     Returns:
       (state, spikes [B, ...]).
     """
-    length = _length_of_rnn()
+    length = _length_of_rnn(carry.t)
     if length and self.num_steps and length > self.num_steps:
       raise ValueError(
         f'Expected at most T = {self.num_steps} timesteps, as num_steps says, '
         f'got an nnx.RNN over {length}.'
       )
-    spikes, carry = super().__call__(
-      x[None], use_running_average, state=carry, return_state=True
+    spikes, state = super().__call__(
+      jnp.asarray(x)[None],
+      use_running_average,
+      state=carry._replace(t=layers.shared_time(carry.t)),
+      return_state=True,
     )
-    return carry, spikes[0]
+    return state._replace(t=carry.t + 1), spikes[0]
 
   def initialize_carry(self, input_shape, rngs=None, carry_init=None):
     """The state at rest, for x of shape [B, ...].
 
     Args:
       input_shape: x's.
-      rngs: not needed.
-      carry_init: not needed.
+      rngs: for `carry_init`.
+      carry_init: an initializer of the membrane; None for neurons at rest.
 
     Returns:
-      A `NeuronState`.
+      A `NeuronState`, its t [B].
     """
-    del rngs, carry_init
-    return neurons.at_rest(jnp.zeros(input_shape, self.dtype or jnp.float32))
-
-  @property
-  def num_feature_axes(self) -> int:
-    """One: the last axis of x."""
-    return 1
+    init = carry_init
+    if carry_init is not None:
+      stream = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
+      init = functools.partial(carry_init, stream and stream())
+    return layers.initial_carry(input_shape, self.dtype, self.param_dtype, init)

@@ -69,13 +69,13 @@ def measure(u: jax.Array, axis_name=None, mask=None) -> Statistics:
   counted = count(u, 0, mask)
   number = nonzero(counted)
   mean = near + total / number
-  fine, coarse = (
-    # In this order no product is larger than the sum of squares.
-    jnp.sqrt(_not_negative(s - scale * total * (scale * total / number)))
-    / scale
-    for scale, s in zip(scales, squares, strict=True)
-  )
-  norm = jnp.where(jnp.isfinite(fine), fine, coarse)
+  # One scale alone goes on, since infinity minus itself would be undefined.
+  fits = jnp.isfinite(squares[0])
+  scale = jnp.where(fits, scales[0], scales[1])
+  square = jnp.where(fits, squares[0], squares[1])
+  # In this order no product is larger than the sum of squares.
+  square -= scale * total * (scale * total / number)
+  norm = jnp.sqrt(_not_negative(square)) / scale
   if axis_name:
     parts = [mean, norm] if mask is None else [mean, norm, counted]
     means, norms, *counts = gather(jnp.stack(parts), axis_name).T
@@ -227,11 +227,12 @@ def sums(terms: tuple[jax.Array, ...], per: int = 0) -> tuple[jax.Array, ...]:
 
   def in_pairs(*terms):
     # Each reduction takes a GPU several kernels; of a complex number, too.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
     single, pairs = terms[: len(terms) % 2], terms[len(terms) % 2 :]
     total = [jnp.sum(term, axes) for term in single]
     for pair in zip(pairs[::2], pairs[1::2], strict=True):
-      both = jnp.sum(lax.complex(*pair), axes)
-      total += [both.real, both.imag]
+      both = jnp.sum(lax.complex(*(term.astype(wide) for term in pair)), axes)
+      total += [both.real.astype(x.dtype), both.imag.astype(x.dtype)]
     return tuple(total)
 
   return lax.platform_dependent(*terms, cpu=at_once, default=in_pairs)
@@ -301,6 +302,24 @@ def share(a: jax.Array, axis_name=None, mask=None, dtype=jnp.float32):
   return total / nonzero(number)
 
 
+def floating(dtype) -> jnp.dtype:
+  """The dtype of an output.
+
+  Args:
+    dtype: anything that names one.
+
+  Returns:
+    It.
+
+  Raises:
+    ValueError: it is not floating point, and so would pass no gradient.
+  """
+  dtype = jnp.dtype(dtype)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f'Expected a floating-point dtype, got {dtype=!s}.')
+  return dtype
+
+
 def axis_size(axis_name) -> int:
   """How many devices a mapped axis, or axes, have; 1 for none."""
   return lax.axis_size(axis_name) if axis_name else 1
@@ -332,7 +351,8 @@ def running_average(old: jax.Array, new: jax.Array, momentum) -> jax.Array:
     The new running value, in old's dtype.
   """
   average = momentum * old + (1 - momentum) * new
-  average = jnp.where(jnp.isfinite(new), average, old)
+  kept = old + jnp.zeros_like(average)  # Sharded as the average.
+  average = jnp.where(jnp.isfinite(average), average, kept)
   return lax.stop_gradient(average).astype(old.dtype)
 
 

@@ -5,13 +5,14 @@ Its scale starts at `alpha * v_th`, so that the pre-synaptic input starts as
 `N(0, (alpha * v_th) ** 2)`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsatgo_jax import statistics
+from dsatgo_jax import statistics, xla
 
 
 def measure(
@@ -30,6 +31,13 @@ def measure(
   """
   statistics.warn_if_not_pooled(axis_name, x)
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  channels = jax.P(*jax.typeof(x).sharding.spec[-1:])
+  pooled = xla.automatic(functools.partial(_pooled, axis_name), channels)
+  return pooled(x, mask)
+
+
+def _pooled(axis_name, x, mask):
+  """Mean and variance per channel, of all devices."""
   mean, variance = _moments(x, mask)
   if not axis_name:
     return mean, variance
@@ -72,16 +80,17 @@ def _per(channels, x):
   return lax.expand_dims(channels, range(x.ndim - 1))
 
 
-def mask_of(x: jax.Array, repeats: int, mask):
+def mask_of(x: jax.Array, mask, axes: int = 2):
   """A mask of x's first axes.
 
   Args:
-    x: [T, B, ..., C], or [B, ..., C] where `repeats` is more than 1.
-    repeats: how many identical copies of x are meant.
-    mask: [T, B] or [B]; None for no mask.
+    x: [T, B, ...], or [B, ...].
+    mask: [T, B] or [B]; the same with an axis of one for each of x's others,
+      as Flax's `BatchNorm` takes it: [T, B, 1, 1, 1]; None for no mask.
+    axes: 2 if x has a time axis, 1 if it has none.
 
   Returns:
-    [T, B], or [B] with `repeats`, or None.
+    [T, B], or [B] without a time axis, or None.
 
   Raises:
     ValueError: it is of another shape.
@@ -89,13 +98,23 @@ def mask_of(x: jax.Array, repeats: int, mask):
   if mask is None:
     return None
   mask = jnp.asarray(mask, bool)
-  expected = [x.shape[:1]] if repeats > 1 else [x.shape[:2], x.shape[1:2]]
-  if mask.shape not in expected:
+  expected, given = x.shape[:axes], mask.shape
+  if mask.ndim == x.ndim and all(n == 1 for n in given[axes:]):
+    mask = mask.reshape(given[:axes])
+    fits = all(n in (1, m) for n, m in zip(mask.shape, expected, strict=True))
+  else:
+    fits = given in (expected, expected[-1:])
+  if not fits:
     raise ValueError(
-      f'Expected a mask of shape {" or ".join(map(str, expected))} for x of '
-      f'shape {x.shape} with {repeats=}, got shape {mask.shape}.'
+      'Expected a mask '
+      + (
+        f'[T, B] or [B] of shape {expected} or '
+        if axes > 1
+        else '[B] of shape '
+      )
+      + f'{expected[-1:]} for x of shape {x.shape}, got shape {given}.'
     )
-  return jnp.broadcast_to(mask, expected[0])
+  return jnp.broadcast_to(mask, expected)
 
 
 class Affine(NamedTuple):
@@ -152,3 +171,55 @@ def unbiased(variance, x, repeats=1, axis_name=None, mask=None) -> jax.Array:
   elif axis_name:
     count = lax.psum(count, axis_name)
   return variance * (count / statistics.nonzero(count - 1))
+
+
+def layer(
+  x,
+  running: tuple[jax.Array, jax.Array],
+  *,
+  use_running_average: bool,
+  repeats: int = 1,
+  momentum=0.9,
+  axis_name=None,
+  mask=None,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+  """`measure`, and the running statistics kept: what the modules do.
+
+  Args:
+    x: [T, B, ..., C], or [B, ..., C] where `repeats` is more than 1.
+    running: mean and variance, [C].
+    use_running_average: inference: they are used, and stay as they are.
+    repeats: how many identical copies of x are meant.
+    momentum: the share of the running statistics that is kept.
+    axis_name: mapped axis over which the batch is spread.
+    mask: [T, B] or [B], whether x is real; None for no mask.
+
+  Returns:
+    Mean and variance that normalise x, and the running ones after it. Of a
+    batch without an example, empty or masked, nothing is learnt.
+
+  Raises:
+    ValueError: x is complex or of another number of channels, or the mask does
+      not fit it.
+  """
+  if jnp.iscomplexobj(x) or not x.ndim or x.shape[-1:] != running[0].shape:
+    raise ValueError(
+      f'Expected real numbers x [..., C] with [C] = {list(running[0].shape)}, '
+      f'got {x.dtype}{list(x.shape)}.'
+    )
+  if use_running_average or 0 in x.shape:
+    return running, running
+  axes = 1 if repeats > 1 or x.ndim < 3 else 2
+  mask = mask_of(x, mask, axes)
+  mean, variance = measure(x, axis_name, mask)
+  learnt = mean, unbiased(variance, x, repeats, axis_name, mask)
+  if mask is not None:
+    real = jnp.any(mask)
+    if axis_name:
+      real = lax.pmax(real.astype(jnp.int32), axis_name) > 0
+    learnt = jax.tree.map(lambda a: jnp.where(real, a, jnp.nan), learnt)
+  return (mean, variance), jax.tree.map(
+    lambda old, new: statistics.running_average(old, new, momentum),
+    running,
+    learnt,
+  )

@@ -1,6 +1,7 @@
 """The time axis: an image shown at every timestep, and time folded away."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -38,7 +39,31 @@ def fold_time(layer: Callable) -> Callable:
 
   @functools.wraps(layer)
   def folded(x, *args, **kwargs):
-    y = layer(x.reshape(-1, *x.shape[2:]), *args, **kwargs)
+    size = math.prod(x.shape[:2])  # -1 says nothing of an empty batch.
+    y = layer(x.reshape(size, *x.shape[2:]), *args, **kwargs)
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
   return folded
+
+
+def over_leading_axes(pool: Callable) -> Callable:
+  """Lets a pooling of Flax's take any number of axes before the window's.
+
+  Args:
+    pool: `pool(x, window_shape, ...)` of x [B, *window, C]; Flax's own, which
+      with padding in numbers takes just this.
+
+  Returns:
+    The same function of x [T, B, *window, C], [B, *window, C] or [*window, C].
+  """
+
+  @functools.wraps(pool)
+  def pooled(x, window_shape, *args, **kwargs):
+    def each(x):
+      return pool(x, window_shape, *args, **kwargs)
+
+    for _ in range(x.ndim - len(window_shape) - 2):
+      each = jax.vmap(each)
+    return each(x)
+
+  return pooled

@@ -46,7 +46,7 @@ def late(x, g, measured):
   pass and keep it until then; its CPU compiler does so across the barriers of
   `jax.checkpoint`, too.
   """
-  bound = jnp.inf if measured is None else jnp.inf * measured.std[-1]
+  bound = jnp.inf if measured is None else jnp.inf + measured.std[-1]
   # One value per example leaves a sharded batch where it is.
   first = lax.expand_dims(g.reshape(g.shape[0], -1)[:, 0], range(1, g.ndim))
   return jnp.where(first > bound, 1, x)
@@ -130,6 +130,25 @@ def _varying(x):
   aval = jax.typeof(x)
   kind = getattr(aval, 'manual_axis_type', None)
   return kind.varying if kind else getattr(aval, 'vma', None) or frozenset()
+
+
+def automatic(function, out):
+  """Leaves the sharding within a function to the compiler.
+
+  Under explicit mesh axes, those of `jax.make_mesh`, slices and reshapes of
+  what is sharded are refused.
+
+  Args:
+    function: of arrays.
+    out: the `PartitionSpec`s of its outputs, or of whole trees of them.
+
+  Returns:
+    The same function of arrays that are sharded explicitly, or not.
+  """
+  axes = jax.sharding.get_abstract_mesh().explicit_axes
+  if not axes:
+    return function
+  return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
 
 
 def vary_like(x, tree):

@@ -237,10 +237,16 @@ def test_the_cell_returns_its_carry():
   x = normal(4, 5)
   cell = snn.SpikingCell(use_running_average=False)
   carry = cell.initialize_carry(jax.random.key(0), x.shape)
-  chex.assert_trees_all_equal(carry, neurons.at_rest(x))
+  at_rest = neurons.NeuronState(jnp.zeros((4, 5)), jnp.zeros(4, int))
+  chex.assert_trees_all_equal(carry, at_rest)
   variables = cell.init(jax.random.key(0), carry, x)
-  (carry, spikes), _ = cell.apply(variables, carry, x, mutable=['batch_stats'])
-  chex.assert_trees_all_equal((spikes, carry), neurons.step(None, x)[:2])
+  spikes, state, _ = neurons.step(None, x)
+  for before, t in (
+    (carry, jnp.ones(4, int)),
+    (neurons.at_rest(x), jnp.int32(1)),
+  ):
+    (after, y), _ = cell.apply(variables, before, x, mutable=['batch_stats'])
+    chex.assert_trees_all_equal((y, after), (spikes, state._replace(t=t)))
 
 
 @pytest.mark.parametrize('use_running_average', [False, True])

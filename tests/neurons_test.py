@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from dsatgo_jax import methods, neurons, surrogate, tdbn, threshold, width
+from dsatgo_jax import (
+  layers,
+  methods,
+  neurons,
+  surrogate,
+  tdbn,
+  threshold,
+  width,
+)
 from dsatgo_jax.methods import Method
 from dsatgo_jax.neurons import NeuronState, Parameters, Running
 from tests import reference_loop
@@ -684,7 +692,7 @@ def test_dtypes(dtype, kept):
 
 def test_what_is_averaged_and_where_it_starts():
   at, tgo, both, none = (
-    neurons.averaged(methods.get(*name))
+    layers.averaged(methods.get(*name))
     for name in (
       ('at',), ('tgo',), ('ds_atgo', 'true', 'sigma'), ('learnable_threshold',)
     )
@@ -693,9 +701,9 @@ def test_what_is_averaged_and_where_it_starts():
   assert tgo == {'signal': threshold.adaptive}
   assert both == at | {'signal': width.deviation} and none == {}
   parameters = Parameters(v_th=0.5, f_c=(1.0, 0.9))
-  average = neurons.initial_average(threshold.adaptive, parameters, (3,))
+  average = layers.initial_average(threshold.adaptive, parameters, (3,))
   chex.assert_trees_all_equal(average, jnp.full((3, 2), 0.5))
-  average = neurons.initial_average(width.deviation, parameters, ())
+  average = layers.initial_average(width.deviation, parameters, ())
   chex.assert_trees_all_equal(average, jnp.float32(0.5))
 
 
@@ -721,7 +729,7 @@ def test_no_retracing_for_other_numbers():
   [
     ({'x': jnp.ones(3)}, r'x \[T, B, ...\], got float32\[3\]'),
     ({'x': jnp.ones((0, 3))}, r'x \[T, B, ...\], got float32\[0, 3\]'),
-    ({'x': jnp.ones((2, 3, 4), int)}, r'floating-point.*int32\[2, 3, 4\]'),
+    ({'x': jnp.ones((2, 3, 4), complex)}, r'real .*complex64\[2, 3, 4\]'),
     ({'reset': 'none'}, "'hard', 'soft', .* got reset='none'"),
     ({'method': 'dsatgo'}, "method='dsatgo'"),
     ({'parameters': Parameters(decay=np.ones(3))}, r'decay .*x\[0\].*\(3,\)'),

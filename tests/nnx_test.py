@@ -27,7 +27,7 @@ def pure(module, kind):
 
 
 def test_the_same_names_as_linen():
-  from_elsewhere = {'nnx', 'nn', 'learnable', 'threshold', 'inspect'}
+  from_elsewhere = {'nnx', 'nn', 'np', 'learnable', 'threshold', 'inspect'}
   names = [
     {n for n in vars(module) if not n.startswith('_')} - from_elsewhere
     for module in (snn, linen)
@@ -204,9 +204,15 @@ def test_the_cell_returns_its_carry():
   x = normal(4, 5)
   cell = snn.SpikingCell(num_steps=3)
   carry = cell.initialize_carry(x.shape)
-  chex.assert_trees_all_equal(carry, neurons.at_rest(x))
-  carry, spikes = cell(carry, x)
-  chex.assert_trees_all_equal((spikes, carry), neurons.step(None, x)[:2])
+  at_rest = neurons.NeuronState(jnp.zeros((4, 5)), jnp.zeros(4, int))
+  chex.assert_trees_all_equal(carry, at_rest)
+  spikes, state, _ = neurons.step(None, x)
+  for before, t in (
+    (carry, jnp.ones(4, int)),
+    (neurons.at_rest(x), jnp.int32(1)),
+  ):
+    after, y = cell(before, x)
+    chex.assert_trees_all_equal((y, after), (spikes, state._replace(t=t)))
 
 
 def test_chunks_with_the_state_passed_on_equal_the_whole():

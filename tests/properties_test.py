@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dsatgo_jax import (
   dynamics,
+  layers,
   linen,
   losses,
   methods,
@@ -202,7 +203,7 @@ def of_devices(function):
 def of_layer(x):
   method = methods.get('ds_atgo')
   running = neurons.Running(jnp.ones(3))
-  return neurons.layer(
+  return layers.layer(
     x, Parameters(), method, running, num_steps=3, state=None, whole=True,
     use_running_average=False, momentum=0.9,
   )  # fmt: skip
@@ -241,10 +242,14 @@ FUNCTIONS = {
   'width.mpd_agl': of_rule(width.mpd_agl),
   'neurons.run': neurons.run,
   'neurons.step': lambda x: neurons.step(None, x),
-  'neurons.layer': of_layer,
+  'layers.layer': of_layer,
+  'neurons.sequence': neurons.sequence,
   'dynamics.at_rest': dynamics.at_rest,
   'tdbn.measure': tdbn.measure,
   'tdbn.affine': lambda x: tdbn.affine(*tdbn.measure(x), x[0, 0], 0.5)(x),
+  'tdbn.layer': lambda x: tdbn.layer(
+    x, tdbn.measure(x), use_running_average=False
+  ),
   'tdbn.unbiased': lambda x: tdbn.unbiased(tdbn.measure(x)[1], x),
   'losses.prediction': losses.prediction,
   'losses.cross_entropy': lambda x: losses.cross_entropy(x, jnp.arange(4), 0.1),
@@ -255,6 +260,7 @@ FUNCTIONS = {
   'losses.rmp': lambda x: losses.rmp(x, x[:, 0, 0] ** 2 + 0.1),
   'time_axis.repeat_in_time': lambda x: time_axis.repeat_in_time(x, 2),
   'time_axis.fold_time': time_axis.fold_time(lambda x: x[:, ::-1] ** 2),
+  'time_axis.over_leading_axes': lambda x: linen.max_pool(x[None], (2, 2)),
   'linen.TdBatchNorm': of_linen(linen.TdBatchNorm(False)),
   'linen.SpikingNeuron': of_linen(
     linen.SpikingNeuron(), use_running_average=False
@@ -275,13 +281,17 @@ FUNCTIONS = {
 # Of names and settings, before anything is traced.
 OF_SETTINGS = {
   'methods.get',
+  'neurons.arrays',
   'neurons.check_positive',
-  'neurons.check_shares',
-  'neurons.averaged',
-  'neurons.initial_average',
+  'layers.check_shares',
+  'layers.averaged',
+  'layers.initial_average',
+  'layers.initial_carry',
   'neurons.logit',
-  'neurons.over_time',
+  'layers.shared_time',
+  'layers.static',
   'statistics.axis_size',
+  'statistics.floating',
   'statistics.warn_if_not_pooled',
   'tdbn.mask_of',
   'threshold.is_measured',
@@ -296,8 +306,8 @@ PARTS = {
 
 def test_no_public_function_is_forgotten():
   modules = (
-    surrogate, statistics, threshold, width, methods, dynamics, neurons, tdbn,
-    losses, time_axis, linen, snnx,
+    surrogate, statistics, threshold, width, methods, dynamics, neurons, layers,
+    tdbn, losses, time_axis, linen, snnx,
   )  # fmt: skip
   public = {
     f'{module.__name__.rpartition(".")[2]}.{name}'

@@ -1,0 +1,285 @@
+"""A layer of neurons: what Linen's and NNX's modules both do.
+
+`neurons.run`, the running averages kept, what happened told by collection, and
+settings and states as modules and recurrent cells have them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dsatgo_jax import methods, statistics, tdbn, threshold
+from dsatgo_jax.dynamics import NeuronState, Parameters, Running
+from dsatgo_jax.neurons import arrays, run, sequence
+
+
+def averaged(method: methods.Method) -> dict[str, Callable]:
+  """The rules of which a method keeps running averages, by `Running`'s names.
+
+  Args:
+    method: the rules.
+
+  Returns:
+    `{'threshold' or 'signal': rule}`.
+  """
+  own_signal = method.signal is not method.threshold
+  rules = {'threshold': method.threshold}
+  if own_signal and method.signal is not None:
+    rules['signal'] = method.signal
+  return {
+    name: rule for name, rule in rules.items() if threshold.is_measured(rule)
+  }
+
+
+def initial_average(
+  rule: Callable, parameters: Parameters, lead: tuple[int, ...], dtype=None
+) -> jax.Array:
+  """A running average before training: `v_th` [eq 6].
+
+  Args:
+    rule: what is averaged.
+    parameters: the neuron's numbers.
+    lead: (T,), or () for a single timestep.
+    dtype: of the input; the averages are at least float32.
+
+  Returns:
+    [*lead, ...], the last axes those of what the rule gives, () for a scalar.
+  """
+  parameters = arrays(parameters, dtype)
+  scalar = jnp.zeros((), parameters.v_th.dtype)
+  value = jax.eval_shape(
+    rule, statistics.Statistics(scalar, scalar), parameters, jnp.int32(0)
+  )
+  # Always an array of its own, that can be donated.
+  return jnp.zeros((*lead, *value.shape), scalar.dtype) + parameters.v_th
+
+
+def layer(
+  x: jax.Array,
+  parameters: Parameters,
+  method: methods.Method,
+  running: Running,
+  *,
+  num_steps: int | None,
+  state: NeuronState | None,
+  whole: bool,
+  use_running_average: bool,
+  momentum: float,
+  mask=None,
+  record: Sequence[str] = (),
+  **settings,
+) -> tuple[jax.Array, NeuronState, dict[str, dict], Running]:
+  """`run`, and the running averages kept: what Linen's and NNX's modules do.
+
+  Args:
+    x: pre-synaptic input, [T, B, ...].
+    parameters: the neuron's numbers.
+    method: the rules.
+    running: averages of a whole recording.
+    num_steps: the timesteps of a whole recording; None for any number.
+    state: the state before x.
+    whole: whether x is all of the recording; else it begins at `state.t`.
+    use_running_average: inference by the averages; they stay as they are.
+    momentum: the share of the old averages that is kept [eq 6].
+    mask: [T, B] or [B]; None for no mask.
+    record: which of `COLLECTIONS` to fill.
+    **settings: further arguments of `run`.
+
+  Returns:
+    Spikes and state of `run`; what happened, by collection and name; and the
+    new running averages.
+
+  Raises:
+    ValueError: what `run` raises; x is not the whole recording, or reaches
+      past its end. Where `state.t` is traced this can't be seen: timesteps past
+      the end then fire NaN in inference, and change no average in training.
+  """
+  x = sequence(x)
+  running = jax.tree.map(jnp.asarray, running)
+  # Of an empty batch nothing is learnt.
+  use_running_average = use_running_average or 0 in x.shape
+  start = 0 if whole or state is None else state.t
+  _check_length(x, start, num_steps, whole)
+  times = start + np.arange(x.shape[0], dtype=np.int32)
+  here = running
+  if not whole:
+    here = jax.tree.map(
+      lambda a: a.at[times].get(mode='fill', fill_value=jnp.nan), running
+    )
+  mask = tdbn.mask_of(x, mask)
+  spikes, state, happened = run(
+    x,
+    parameters,
+    method,
+    state=state,
+    running=here if use_running_average else None,
+    mask=mask,
+    record=[COLLECTIONS[name] for name in record],
+    **settings,
+  )
+  told = _told(spikes, happened, mask, settings.get('axis_name'))
+  told = {name: told[name]() for name in record}
+  if not use_running_average:
+    measured = Running(
+      *(
+        None if average is None else value
+        for average, value in zip(running, happened[:2], strict=True)
+      )
+    )
+    if mask is not None:
+      seen = jnp.any(mask, 1)
+      if axis_name := settings.get('axis_name'):
+        seen = lax.pmax(seen.astype(jnp.int32), axis_name) > 0
+      # Of a timestep without a real example nothing is learnt.
+      measured = jax.tree.map(
+        lambda a: jnp.where(
+          lax.expand_dims(seen, range(1, a.ndim)), a, jnp.nan
+        ),
+        measured,
+      )
+    new = jax.tree.map(
+      lambda old, new: statistics.running_average(old, new, momentum),
+      here,
+      measured,
+    )
+    running = (
+      new
+      if whole
+      else jax.tree.map(
+        lambda a, new: a.at[times].set(new, mode='drop'), running, new
+      )
+    )
+  return spikes, state, told, running
+
+
+# Where the modules put what happened, and the part of the `Record` it is.
+COLLECTIONS = {
+  'spiking': 'activity',
+  'histograms': 'histogram',
+  'membranes': 'membrane',
+}
+
+
+def _told(spikes, happened, mask, axis_name):
+  """What goes into each of the collections, as functions."""
+
+  def activity():
+    fired = lax.stop_gradient(spikes != 0)
+    real = True if mask is None else _like(mask, fired)
+    pooled = {
+      'axis_name': axis_name,
+      'mask': None if mask is None else jnp.any(mask, 0),
+    }
+    return happened.scalars() | {
+      'silent_share': statistics.share(~jnp.any(fired & real, 0), **pooled),
+      'always_share': statistics.share(
+        jnp.all(fired | ~jnp.asarray(real), 0), **pooled
+      ),
+    }
+
+  return {
+    'spiking': activity,
+    'histograms': lambda: {'membrane': happened.histogram},
+    'membranes': lambda: {'u': happened.u, 'v': happened.v, 'spikes': spikes},
+  }
+
+
+def _like(mask, x):
+  """A mask with x's axes."""
+  return lax.expand_dims(mask, range(mask.ndim, x.ndim))
+
+
+def initial_carry(
+  shape: tuple[int, ...], dtype, param_dtype, init: Callable | None = None
+) -> NeuronState:
+  """A cell's state before the first timestep.
+
+  Args:
+    shape: x's, [B, ...].
+    dtype: of the spikes, or None.
+    param_dtype: of the parameters; the membrane is at least as wide as both.
+    init: `init(shape, dtype)`, the membrane; None for zeros.
+
+  Returns:
+    `NeuronState`, its t [B], so that RNNs can pick what belongs to an example.
+  """
+  dtype = jnp.promote_types(dtype or jnp.float32, param_dtype)
+  dtype = jnp.promote_types(dtype, jnp.float32)
+  return NeuronState(
+    (init or jnp.zeros)(shape, dtype), jnp.zeros(shape[:1], jnp.int32)
+  )
+
+
+# The time of examples that are at different timesteps: past any end.
+_APART = np.iinfo(np.int32).max
+
+
+def shared_time(t) -> jax.Array:
+  """The timestep at which all examples of a cell's carry are.
+
+  Args:
+    t: [B], of which Flax's RNNs pick each example's last one by `seq_lengths`;
+      or a scalar.
+
+  Returns:
+    A scalar. Where the examples are at different timesteps it is past the end
+    of any recording; see `layer`.
+  """
+  t = jnp.asarray(t)
+  if not t.ndim:
+    return t
+  if 0 in t.shape:
+    return jnp.zeros((), t.dtype)
+  last = jnp.max(t)
+  return jnp.where(last == jnp.min(t), last, _APART)
+
+
+def _check_length(x, start, num_steps, whole):
+  """Raises a `ValueError` for timesteps that the neuron does not have."""
+  if num_steps is None:
+    return
+  known = not isinstance(start, jax.core.Tracer)
+  start = int(start) if known else 0
+  end = x.shape[0] + start
+  if end > num_steps or (whole and end != num_steps):
+    begin = f' from timestep {start} on' if start else ''
+    if start == _APART:
+      begin = ' from a different timestep on for each example'
+    raise ValueError(
+      'This neuron was built for so many timesteps (num_steps, or its running '
+      f'values): expected T = {num_steps} in all, got x with T = {x.shape[0]}'
+      f'{begin}, of shape {x.shape}. x is [T, B, ...], time first.'
+    )
+
+
+def static(value):
+  """A number as it is, an array as tuples of numbers: a setting with a hash.
+
+  Args:
+    value: a setting of a module; what is traced stays as it is.
+
+  Returns:
+    A number, or tuples.
+  """
+  if isinstance(value, jax.core.Tracer) or np.ndim(value) == 0:
+    return value
+  return tuple(static(item) for item in np.asarray(value).tolist())
+
+
+def check_shares(decay, learn_decay, momentum):
+  """Raises a `ValueError` for a decay or a momentum out of its range.
+
+  What is traced is not checked.
+  """
+  if not isinstance(decay, jax.core.Tracer):
+    low, high = np.min(decay), np.max(decay)
+    if not (0 < low <= high < 1 if learn_decay else 0 <= low <= high <= 1):
+      raise ValueError(
+        'Expected 0 <= decay <= 1, the retained fraction, both ends excluded '
+        f'if it is learnt, got {decay=}, {learn_decay=}.'
+      )
+  if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum <= 1:
+    raise ValueError(f'Expected 0 <= momentum <= 1, got {momentum=}.')
