@@ -1,0 +1,64 @@
+"""The spiking neuron as a recurrent cell for Flax Linen."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsatgo_jax import layers
+from dsatgo_jax.linen.neuron import SpikingNeuron
+from dsatgo_jax.neurons import NeuronState
+
+
+class SpikingCell(SpikingNeuron, nn.RNNCellBase):
+  """`SpikingNeuron` as a recurrent cell, for networks scanned as a whole.
+
+  Equal to `SpikingNeuron`, running thresholds included, where each timestep
+  keeps its own statistics:
+
+      nn.RNN(cell, time_major=True, variable_axes={'batch_stats': 0})
+
+  Padding beyond the RNN's `seq_lengths` is in the statistics, since a cell does
+  not see it; `SpikingNeuron(...)(x, mask=...)` leaves it out.
+
+  Attributes:
+    num_feature_axes: how many of x's last axes are no batch axes, for RNNs that
+      are not time-major: 3 for x [B, T, H, W, C], whose W would else be time.
+  """
+
+  num_feature_axes: int = 1
+
+  def __call__(  # type: ignore[override]
+    self, carry: NeuronState, x, use_running_average=None
+  ):
+    """One timestep.
+
+    Args:
+      carry: the `NeuronState` before it; its t may be [B]. Examples at
+        different timesteps have no t that a rule could read.
+      x: pre-synaptic input, [B, ...].
+      use_running_average: in the place of the attribute; not both.
+
+    Returns:
+      (state, spikes [B, ...]).
+    """
+    spikes, state = self._run(
+      jnp.asarray(x)[None],
+      use_running_average,
+      carry._replace(t=layers.shared_time(carry.t)),
+      True,
+      per_step=True,
+    )
+    return state._replace(t=carry.t + 1), spikes[0]
+
+  @nn.nowrap
+  def initialize_carry(self, rng, input_shape) -> NeuronState:
+    """The state at rest, for x of shape [B, ...].
+
+    Args:
+      rng: not needed.
+      input_shape: x's.
+
+    Returns:
+      A `NeuronState`, its t [B].
+    """
+    del rng
+    return layers.initial_carry(input_shape, self.dtype, self.param_dtype)

@@ -1,0 +1,223 @@
+"""The layer of spiking neurons for Flax Linen."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from dsatgo_jax import (
+  layers,
+  methods,
+  neurons,
+  probes,
+  surrogate,
+  tdbn,
+  threshold,
+)
+from dsatgo_jax.neurons import NeuronState
+
+
+class SpikingNeuron(nn.Module):
+  """A layer of spiking neurons, over time. One neuron for all methods.
+
+  Attributes:
+    method: a name of `methods.METHODS`, or a `methods.Method` of your own.
+    num_steps: T, which is then checked; None for what it is initialised with,
+      or for any T where the method keeps no running values.
+    use_running_average: whether inference's running thresholds are used
+      instead of the batch's; as attribute or call argument, as in Flax's
+      `BatchNorm`.
+    decay: the retained fraction of the membrane, in (0, 1) if learnt. Like
+      `v_th`, `f_c` and `width` a number, or a tuple or array of numbers that
+      broadcasts against x[0].
+    learn_decay: PLIF: `decay = sigmoid(w)`, one scalar `w` a layer for one
+      decay; else LIF.
+    v_th: the threshold's base value.
+    f_c: the firing-rate factor.
+    width: the surrogate's base width, `kappa_0`.
+    threshold: 'true' or 'estimated' distribution [eq 5], or a rule of your own.
+    width_signal: 'theta' (the paper) or 'sigma' (the authors' program) [eq 7].
+    surrogate: see `dsatgo_jax.surrogate`.
+    reset: 'hard', 'soft' or 'subtract_after_decay'; see `dynamics`.
+    detach_reset: whether the reset passes no gradient to the spike.
+    cut: ways of the gradient into the membrane, of 'spatial', 'leak' and
+      'reset', that pass none.
+    momentum: the share of the running threshold that is kept [eq 6].
+    axis_name: mapped axis over which the statistics are pooled. None under
+      `pmap` or `shard_map` warns; () says that they are each device's own.
+    fused: False leaves the scan to autodiff, which forward mode needs; None
+      does so for surrogates made by `surrogate.straight_through`.
+    dtype: of the spikes; None for x's.
+    param_dtype: of `w`, `v_th` and the running values (at least float32).
+  """
+
+  method: str | methods.Method = 'ds_atgo'
+  use_running_average: bool | None = None
+  num_steps: int | None = None
+  decay: Any = 0.2
+  learn_decay: bool = True
+  v_th: Any = 1.0
+  f_c: Any = 1.0
+  width: Any = 1.0
+  threshold: str | Callable = 'true'
+  width_signal: str | Callable = 'theta'
+  surrogate: Callable = surrogate.rectangular
+  reset: str = 'hard'
+  detach_reset: bool = False
+  cut: Sequence[str] = ()
+  momentum: float = 0.9
+  axis_name: Any = None
+  fused: bool | None = None
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    for name in ('decay', 'v_th', 'f_c', 'width'):
+      setattr(self, name, layers.static(getattr(self, name)))
+    super().__post_init__()
+
+  def __call__(
+    self,
+    x,
+    use_running_average: bool | None = None,
+    *,
+    mask=None,
+    state: NeuronState | None = None,
+    return_state: bool = False,
+    tdbn_scale=None,
+    norm: tdbn.Affine | None = None,
+  ):
+    """Runs the neurons over x.
+
+    Args:
+      x: pre-synaptic input, [T, B, ...]; integers are taken as float32.
+      use_running_average: in the place of the attribute; not both.
+      mask: [T, B] or [B], whether an example is real at a timestep; statistics
+        and running thresholds are those of what is. None for all of it.
+      state: the `NeuronState` to go on from; None for neurons at rest. x is
+        then a part of a longer recording, and begins at its timestep `state.t`.
+      return_state: whether the state after x is returned too.
+      tdbn_scale: the scale of the tdBN that feeds the neuron, [C]; `mpd_agl`.
+      norm: `TdBatchNorm.affine(x)`, if x is not yet normalised.
+
+    Returns:
+      Spikes [T, B, ...], or (spikes, state).
+
+    Raises:
+      ValueError: a setting out of its range, x complex or without a batch axis,
+        a single neuron in all (which has no deviation) in training, or T that
+        is not that of the running thresholds.
+    """
+    spikes, state = self._run(
+      x, use_running_average, state, state is None, mask, tdbn_scale, norm
+    )
+    return (spikes, state) if return_state else spikes
+
+  @nn.compact
+  def _run(
+    self,
+    x,
+    use_running_average,
+    state,
+    whole,
+    mask=None,
+    tdbn_scale=None,
+    norm=None,
+    per_step=False,
+  ):
+    """The layer over x; `per_step` keeps the averages of one timestep."""
+    use_running_average = nn.merge_param(
+      'use_running_average', self.use_running_average, use_running_average
+    )
+    neurons.check_positive(
+      num_steps=self.num_steps, v_th=self.v_th, f_c=self.f_c, width=self.width
+    )
+    layers.check_shares(self.decay, self.learn_decay, self.momentum)
+    method = methods.get(self.method, self.threshold, self.width_signal)
+    decay, v_th = self.decay, self.v_th
+    if self.learn_decay:
+      w = neurons.logit(decay)
+      start = nn.initializers.constant(w)
+      w = self.param('w', start, np.shape(w), self.param_dtype)
+      decay = jax.nn.sigmoid(w)
+    if method.threshold is threshold.learnable:
+      start = nn.initializers.constant(np.asarray(v_th))
+      v_th = self.param('v_th', start, np.shape(v_th), self.param_dtype)
+    gates = None
+    if self.has_variable('cuts', 'gates'):
+      gates = self.get_variable('cuts', 'gates')
+    parameters = neurons.Parameters(
+      decay, v_th, self.f_c, self.width, tdbn_scale, norm, gates
+    )
+
+    x = neurons.sequence(x)
+    lead = () if per_step else (self.num_steps or x.shape[0],)
+    initial = parameters._replace(v_th=self.v_th)
+    averages = {
+      name: self.variable(
+        'batch_stats',
+        f'running_{name}',
+        layers.initial_average,
+        *(rule, initial, lead, x.dtype),
+      )
+      for name, rule in layers.averaged(method).items()
+    }
+    running = {
+      name: average.value[None] if per_step else average.value
+      for name, average in averages.items()
+    }
+    num_steps = self.num_steps
+    if not per_step:
+      for average in running.values():
+        num_steps = average.shape[0]
+    active = not self.is_initializing()
+    spikes, state, told, new = layers.layer(
+      x,
+      parameters,
+      method,
+      neurons.Running(**running),
+      num_steps=None if per_step else num_steps,
+      state=state,
+      whole=whole,
+      use_running_average=use_running_average,
+      momentum=self.momentum,
+      mask=mask,
+      surrogate=self.surrogate,
+      reset=self.reset,
+      detach_reset=self.detach_reset,
+      cut=self.cut,
+      axis_name=self.axis_name if active else (),
+      fused=self.fused,
+      dtype=self.dtype,
+      record=[
+        name
+        for name in layers.COLLECTIONS
+        if active and self.is_mutable_collection(name)
+      ],
+      probes=self._probes(x, per_step) if active else None,
+    )
+    if active and not use_running_average:
+      for name, average in averages.items():
+        value = getattr(new, name)
+        average.value = value[0] if per_step else value
+    for collection, values in told.items():
+      for name, value in values.items():
+        if per_step and jnp.ndim(value):  # Stacked by the scan.
+          value = value[0]
+        self.sow(collection, name, value, reduce_fn=lambda _, new: new)
+    return spikes, state
+
+  def _probes(self, x, per_step):
+    """The zeros in the collection `flow`, made where that is mutable."""
+    found = {}
+    for name in probes.NAMES:
+      if self.is_mutable_collection('flow'):
+        zeros = probes.zeros(name, x)
+        self.variable('flow', name, lambda a=zeros: a[0] if per_step else a)
+      if self.has_variable('flow', name):
+        value = self.get_variable('flow', name)
+        found[name] = value[None] if per_step else value
+    return found
