@@ -136,6 +136,7 @@ def test_the_twin_has_a_hessian_in_forward_mode(network):
   chex.assert_trees_all_close(hessian @ vector, expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.sample
 @float64
 def test_bias_of_a_spiking_network(network):
   """After the last spikes there is none; before them there is."""

@@ -365,6 +365,7 @@ def test_linen_in_float32_under_jit(matrices):
   assert found.values[0] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.sample
 def test_nnx():
   class Model(nnx.Module):
     def __init__(self, rngs):

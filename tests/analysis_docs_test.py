@@ -10,6 +10,7 @@ PAGES = sorted(
 )
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
   blocks = re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)

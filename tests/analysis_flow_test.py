@@ -151,6 +151,7 @@ def test_paths_by_hand():
   np.testing.assert_allclose(found['u'][0], np.hypot(0.85, 0.44), rtol=1e-6)
 
 
+@pytest.mark.sample
 @float64
 def test_a_sample_of_many_neurons():
   """Of all of them where they are few; else near to all, and from devices."""
@@ -174,7 +175,9 @@ def test_a_sample_of_many_neurons():
   close(jax.tree.map(lambda a: a.sum(0), apart), many)
 
 
-@pytest.mark.parametrize('num_steps', [17, 24])
+@pytest.mark.parametrize(
+  'num_steps', [17, pytest.param(24, marks=pytest.mark.sample)]
+)
 @float64
 def test_long_recordings_in_chunks(num_steps):
   x, g_spikes = normal(2, num_steps, 4, 3)
@@ -259,6 +262,7 @@ def test_layers_are_named_by_their_paths(expected):
     assert (layer['u'] > 0).all()
 
 
+@pytest.mark.sample
 @float64
 def test_eager_and_remat(expected):
   told, gradients = told_by(Net(), X, LABELS)
@@ -283,7 +287,14 @@ def test_eager_and_remat(expected):
     close(layer, {name: other[name] for name in layer})
 
 
-@pytest.mark.parametrize('how', ['pmap', 'shard_map', 'shard_map, pooled loss'])
+@pytest.mark.parametrize(
+  'how',
+  [
+    'pmap',
+    pytest.param('shard_map', marks=pytest.mark.sample),
+    pytest.param('shard_map, pooled loss', marks=pytest.mark.sample),
+  ],
+)
 @float64
 def test_four_devices_tell_what_one_does(how, expected):
   net = Net(axis_name='data')
@@ -327,6 +338,7 @@ def test_a_sharded_batch_under_jit(expected):
   close(flow.summary(told['flow']), expected[0])
 
 
+@pytest.mark.sample
 @float64
 def test_vmap_over_seeds():
   net = Net()
@@ -350,6 +362,7 @@ def test_in_evaluation_mode():
     assert (layer['u'] > 0).all() and (layer['reset'][:-1] > 0).all()
 
 
+@pytest.mark.sample
 @float64
 def test_layers_scanned_over():
   """`nn.scan` takes the collection as it takes the parameters."""
@@ -637,6 +650,7 @@ def test_cutting_in_chosen_layers_of_a_model():
   close(gradients['layers'][0]['kernel'][...], upper['Dense_0']['kernel'])
 
 
+@pytest.mark.sample
 def test_cut_is_a_setting_of_the_networks():
   images = jnp.float32(normal(2, 8, 8, 1))
   gradients = []
@@ -716,6 +730,7 @@ def test_contributions_over_devices():
   close(jax.tree.map(lambda a: a[0], pooled), expected)
 
 
+@pytest.mark.sample
 def test_contributions_skip_layers_without_time():
   """An image that is encoded once is the same at every timestep."""
   net = models.ConvNet(stages=((3,), (4,)))

@@ -158,6 +158,7 @@ class WithKernels(nn.Module):
     return x
 
 
+@pytest.mark.sample
 def test_where_a_fixed_threshold_goes_silent():
   """Deep layers of `vanilla` get nothing, and give no gradient to the first."""
   vanilla = start.by_depth(

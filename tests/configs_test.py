@@ -244,6 +244,7 @@ def test_one_step_of_a_narrowed_copy(name, tmp_path):
   one_step(load(name)[1], tmp_path)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('method', methods.METHODS)
 def test_one_step_of_every_method(method, tmp_path):
   config = load('digits')[1]
@@ -264,6 +265,7 @@ def test_one_step_of_the_other_settings(setting, tmp_path):
 # That a GPU could run it.
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('name', sorted(CONFIGS))
 def test_full_size_step_lowers_for_cuda_in_bfloat16(name):
   config = load(name)[1]

@@ -317,6 +317,7 @@ def test_running_thresholds_that_are_missing_are_warned_of(
     assert 'v_th = 1' in text and 'train.main' in text and '\n' not in text
 
 
+@pytest.mark.sample
 def test_train_goes_on_and_measures_the_thresholds(config, tmp_path):
   theirs = reference('final.')
   kinds = 'running_threshold'

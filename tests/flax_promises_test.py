@@ -929,6 +929,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('flag', FLAGS)
 def test_a_training_step_is_traced_under_any_flag(flag):
   x = trained()[0]

@@ -108,6 +108,7 @@ def test_evaluate_gives_the_result_again(finished):
   assert len(found['layers']['conv1']['gradient_share']) == 2
 
 
+@pytest.mark.sample
 def test_evaluate_takes_the_best_and_other_splits(finished):
   workdir, *_ = finished
   options = ('--json', '--checkpoint=best', '--split=validation')
@@ -172,6 +173,7 @@ def test_evaluate_does_not_take_changed_data_for_the_runs(
     path.write_bytes(whole)
 
 
+@pytest.mark.sample
 def test_what_an_error_recommends_can_be_given(npz, tmp_path):
   data_path = npz.split('=')[1]
   arrays = dict(np.load(data_path))
@@ -236,6 +238,7 @@ def test_the_same_command_again_says_that_the_run_is_finished(finished, npz):
   assert (workdir / 'metrics.jsonl').read_text() == before
 
 
+@pytest.mark.sample
 def test_a_run_in_use_is_read_and_not_touched(finished, npz):
   workdir, *_ = finished
   half_written = (
@@ -293,6 +296,7 @@ def test_what_is_wrong_is_one_line(npz, tmp_path, argument, message):
   assert [path.name for path in tmp_path.iterdir()] in ([], ['lock'])
 
 
+@pytest.mark.sample
 def test_commands_without_a_run_are_one_line(tmp_path):
   assert fail('evaluate') == 'error: expected --workdir'
   assert fail('main') == 'error: expected --config'
@@ -301,6 +305,7 @@ def test_commands_without_a_run_are_one_line(tmp_path):
   assert fail('report', f'--workdir={tmp_path}').startswith('error: expected a')
 
 
+@pytest.mark.sample
 def test_a_file_in_the_place_of_the_workdir_is_one_line(npz, tmp_path):
   workdir = f'--workdir={tmp_path / "file"}'
   (tmp_path / 'file').touch()
@@ -310,6 +315,7 @@ def test_a_file_in_the_place_of_the_workdir_is_one_line(npz, tmp_path):
     assert fail(command, workdir).startswith('error: expected a run with ')
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('command', ['main', 'seeds', 'evaluate', 'report'])
 def test_help_tells_the_flags_that_are_needed(command):
   process = start(command, '--help')
@@ -332,7 +338,10 @@ def numbers_of(workdir):
   return lines
 
 
-@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+  'how',
+  [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.sample)],
+)
 def test_a_run_that_was_stopped_resumes_exactly(finished, npz, tmp_path, how):
   command = ('main', *TINY, npz, f'--workdir={tmp_path}')
   process = start(*command)
@@ -357,7 +366,6 @@ def test_a_run_that_was_stopped_resumes_exactly(finished, npz, tmp_path, how):
   )
 
 
-@pytest.mark.slow
 @pytest.mark.sample
 def test_two_processes_train_as_one(npz, tmp_path):
   args = (*TINY, npz, '--config.num_workers=1')

@@ -209,7 +209,9 @@ def test_the_authors_own_start_passes_the_same_check():
 
 
 @narrow
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'dtype', ['bfloat16', pytest.param('float32', marks=pytest.mark.sample)]
+)
 def test_gradients_are_finite_and_reach_everything(make, shape, dtype):
   net, x = make(dtype=dtype), images(shape)
   variables = init(net, x)
@@ -224,6 +226,7 @@ def test_gradients_are_finite_and_reach_everything(make, shape, dtype):
     assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
 
 
+@pytest.mark.sample
 @narrow
 @jax.enable_x64(True)
 def test_an_image_is_encoded_once(make, shape):
@@ -259,7 +262,12 @@ class Relu(nn.Module):
   'network, settings, shape',
   [
     (models.ResNet19, {'planes': (32, 32, 32)}, (8, 16, 16, 3)),
-    (models.VGGSNN, {'stages': ((32,) * 4, (32,) * 4)}, (10, 4, 16, 16, 2)),
+    pytest.param(
+      models.VGGSNN,
+      {'stages': ((32,) * 4, (32,) * 4)},
+      (10, 4, 16, 16, 2),
+      marks=pytest.mark.sample,
+    ),
   ],
 )
 def test_needs_less_memory_than_with_relu(network, settings, shape):

@@ -133,11 +133,19 @@ def close(actual, expected):
 @pytest.mark.parametrize(
   'settings, start',
   [
-    ({}, 'at rest'),
     ({}, 'given'),
-    ({'method': 'tgo', 'width_signal': 'sigma', 'reset': 'soft'}, 'at rest'),
-    ({'method': 'learnable_threshold', 'v_th': 0.8}, 'given'),
-    ({'method': 'at'}, 'given'),
+    *(
+      pytest.param(*case, marks=pytest.mark.sample)
+      for case in [
+        ({}, 'at rest'),
+        (
+          {'method': 'tgo', 'width_signal': 'sigma', 'reset': 'soft'},
+          'at rest',
+        ),
+        ({'method': 'learnable_threshold', 'v_th': 0.8}, 'given'),
+        ({'method': 'at'}, 'given'),
+      ]
+    ),
   ],
 )
 @float64

@@ -161,7 +161,10 @@ def double(**fields):
   )
 
 
-@pytest.mark.parametrize('method', ['ds_atgo', 'learnable_threshold'])
+@pytest.mark.parametrize(
+  'method',
+  ['ds_atgo', pytest.param('learnable_threshold', marks=pytest.mark.sample)],
+)
 def test_four_devices_do_what_one_does(method):
   assert jax.local_device_count() == 4
   with jax.enable_x64(True):
@@ -207,7 +210,9 @@ def test_a_step_gives_its_buffers_away_and_asks_nothing_of_the_host():
     assert leaf.is_fully_replicated and len(leaf.sharding.device_set) == 4
 
 
-@pytest.mark.parametrize('frames', [False, True])
+@pytest.mark.parametrize(
+  'frames', [False, pytest.param(True, marks=pytest.mark.sample)]
+)
 def test_evaluation_is_the_mean_over_the_examples(frames):
   facts = FACTS | {'example_shape': [2, 8, 8, 1] if frames else [8, 8, 1]}
   batch = batch_of(24)

@@ -108,7 +108,9 @@ def layers(x):
   return spikes, record.scalars(), tdbn.unbiased(variance, x)
 
 
-@pytest.mark.parametrize('num_steps', [4, 20])
+@pytest.mark.parametrize(
+  'num_steps', [4, pytest.param(20, marks=pytest.mark.sample)]
+)
 def test_export_with_a_symbolic_batch_and_a_gradient(num_steps):
   def there_and_back(x):
     outputs, pull, others = jax.vjp(
@@ -227,6 +229,7 @@ class Net(nn.Module):
     return x
 
 
+@pytest.mark.sample
 @float64
 def test_forward_mode_where_the_surrogate_is_straight_through():
   """Without a word to the neuron, and equal to reverse mode."""

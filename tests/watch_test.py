@@ -25,7 +25,9 @@ def short(layers):
   return {name.removesuffix('/neuron'): one for name, one in layers.items()}
 
 
-@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize(
+  'train', [False, pytest.param(True, marks=pytest.mark.sample)]
+)
 def test_four_devices_measure_what_the_library_does_of_the_whole_batch(train):
   batch = batch_of(8)
   with jax.enable_x64(True):
