@@ -104,7 +104,9 @@ def network():
   return loss, variables['params']
 
 
-@pytest.mark.parametrize('name', ['arctan', 'rectangular'])
+@pytest.mark.parametrize(
+  'name', ['arctan', pytest.param('rectangular', marks=pytest.mark.sample)]
+)
 @float64
 def test_the_twins_gradient_is_exact(network, name):
   loss, params = network

@@ -63,8 +63,11 @@ def in_numpy(settings, tape, g_spikes, g_v):
   return paths, np.array(lags)
 
 
-CASES = [
-  (settings, reset, spike, detach, 3 + i % 3)
+CASES = [  # Every fourth in the fast suite.
+  pytest.param(
+    *(settings, reset, spike, detach, 3 + i % 3),
+    marks=[pytest.mark.sample] * (i % 4 > 0),
+  )
   for i, (settings, (reset, spike, detach)) in enumerate(
     zip(
       itertools.cycle(METHODS),

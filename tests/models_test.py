@@ -286,7 +286,13 @@ def test_needs_less_memory_than_with_relu(network, settings, shape):
   assert memory(network(**settings)) < 0.9 * memory(Twin(**settings))
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+  'method',
+  [
+    pytest.param(method, marks=[pytest.mark.sample] * (method in ('at', 'tgo')))
+    for method in METHODS
+  ],
+)
 def test_every_method(method):
   make, shape = NARROW['vgg']
   net, x = make(method=method, v_th=0.5), images(shape)

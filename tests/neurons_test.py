@@ -550,7 +550,7 @@ def test_recorded_membranes_have_gradients(num_steps):
     ('ds_atgo', surrogate.rectangular, 'hard', False),
     ('ds_atgo', surrogate.triangular, 'soft', False),
     ('learnable_threshold', surrogate.arctan, 'hard', False),
-    (OWN, gaussian, 'soft', True),
+    pytest.param(OWN, gaussian, 'soft', True, marks=pytest.mark.sample),
   ],
 )
 @float64

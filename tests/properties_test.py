@@ -321,7 +321,9 @@ def test_no_public_function_is_forgotten():
   assert public == FUNCTIONS.keys() | OF_SETTINGS | PARTS
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'dtype', ['bfloat16', pytest.param('float32', marks=pytest.mark.sample)]
+)
 @pytest.mark.parametrize('name', FUNCTIONS)
 def test_every_public_function_under_jit_vmap_and_grad(name, dtype):
   def outputs(x):
