@@ -15,8 +15,8 @@ from jax import lax
 
 from dsatgo_jax import xla
 
-# Deviations are squared twice, multiplied by one and by the other, so that no
-# square that matters vanishes or overflows from about 1e-36 to 1e22 in float32.
+# Of deviations whose squares vanish or overflow, those of their products with
+# the one or the other do not, from about 1e-36 to 1e22 in float32.
 _SCALES = (2.0**70, 2.0**-26)
 
 # Between them a histogram of `u - theta` has its bins, with one below and one
@@ -61,18 +61,10 @@ def measure(u: jax.Array, axis_name=None, mask=None) -> Statistics:
       'The deviation of the membrane needs at least two neurons in all (batch '
       f'and devices included), got {u.shape=} on {num_devices} device(s).'
     )
-  near, distance = _about_mean(u, 0, mask)
-  scales = [xla.unknown(scale, near) for scale in _SCALES]
-  total, *squares = sums(
-    (distance, *(jnp.square(scale * distance) for scale in scales))
-  )
+  near, total, square, scale = _sums_about_mean(u, mask)
   counted = count(u, 0, mask)
   number = nonzero(counted)
   mean = near + total / number
-  # One scale alone goes on, since infinity minus itself would be undefined.
-  fits = jnp.isfinite(squares[0])
-  scale = jnp.where(fits, scales[0], scales[1])
-  square = jnp.where(fits, squares[0], squares[1])
   # In this order no product is larger than the sum of squares.
   square -= scale * total * (scale * total / number)
   norm = jnp.sqrt(_not_negative(square)) / scale
@@ -173,6 +165,44 @@ def _about_mean(x, per, mask):
   return near, only_real(x - lax.expand_dims(near, range(x.ndim - per)), mask)
 
 
+def _sums_about_mean(u, mask):
+  """A value near the mean, the sums of d and (scale * d) ** 2, and the scale.
+
+  Of the distances d from that value.
+  """
+  tiny, large = _SCALES
+
+  def again_if_needed(u):
+    def scaled(u, scale):
+      near, distance = _about_mean(u, 0, mask)
+      return near, *sums((distance, jnp.square(scale * distance)))
+
+    near, total, square = scaled(u, 1)
+    fits = (square > _FAINT) & jnp.isfinite(square)
+    scale = jnp.where(square > _FAINT, large, tiny)
+    scale = jnp.where(fits, 1, scale).astype(u.dtype)
+    # Of u, which is in memory, as its distances would have to be.
+    square = lax.cond(fits, lambda u: square, lambda u: scaled(u, scale)[2], u)
+    return near, total, square, scale
+
+  def at_once(u):
+    near, distance = _about_mean(u, 0, mask)
+    scales = [xla.unknown(scale, near) for scale in _SCALES]
+    squares = (jnp.square(scale * distance) for scale in scales)
+    total, *squares = sums((distance, *squares))
+    # One scale alone goes on: infinity minus itself would be undefined.
+    fits = jnp.isfinite(squares[0])
+    return near, total, jnp.where(fits, *squares), jnp.where(fits, *scales)
+
+  # On CPU a third sum would undo the vectors of the other two; elsewhere a
+  # conditional would wait for the host.
+  return lax.platform_dependent(u, cpu=again_if_needed, default=at_once)
+
+
+# Below it a sum of squares in float32 may have lost some that matter.
+_FAINT = 1e-20
+
+
 def _not_negative(x):
   """The larger of x and 0; `jnp.maximum` may lose a NaN on CPU."""
   return jnp.where(x < 0, 0, x)
@@ -205,7 +235,7 @@ def sums(terms: tuple[jax.Array, ...], per: int = 0) -> tuple[jax.Array, ...]:
   """The sum of each term over all but the last `per` axes.
 
   Args:
-    terms: at most three arrays of one shape and dtype: of more XLA's CPU
+    terms: at most two arrays of one shape and dtype: of more XLA's CPU
       compiler makes no vectors.
     per: how many of the last axes are kept apart.
 
