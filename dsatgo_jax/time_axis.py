@@ -39,11 +39,35 @@ def fold_time(layer: Callable) -> Callable:
 
   @functools.wraps(layer)
   def folded(x, *args, **kwargs):
-    size = math.prod(x.shape[:2])  # -1 says nothing of an empty batch.
-    y = layer(x.reshape(size, *x.shape[2:]), *args, **kwargs)
-    return y.reshape(*x.shape[:2], *y.shape[1:])
+    def of_examples(x):
+      size = math.prod(x.shape[:2])  # -1 says nothing of an empty batch.
+      y = layer(x.reshape(size, *x.shape[2:]), *args, **kwargs)
+      return y.reshape(*x.shape[:2], *y.shape[1:])
+
+    return batch_major(of_examples, x, x.ndim - 2)
 
   return folded
+
+
+def batch_major(layer: Callable, x: jax.Array, num_axes: int) -> jax.Array:
+  """Applies a layer that folds all leading axes, the batch before time.
+
+  A batch that is sharded stays where it is: [B * T] can be split along B over
+  devices, [T * B] cannot. XLA moves nothing for it where the layers around
+  do the same.
+
+  Args:
+    layer: of x [B, T, ...].
+    x: [T, B, ...], or with fewer or more leading axes, the batch last.
+    num_axes: how many axes follow the leading ones.
+
+  Returns:
+    What the layer gives, its leading axes as x's.
+  """
+  batch = x.ndim - num_axes - 1
+  if batch < 1:
+    return layer(x)
+  return jnp.moveaxis(layer(jnp.moveaxis(x, batch, 0)), 0, batch)
 
 
 def over_leading_axes(pool: Callable) -> Callable:

@@ -32,12 +32,10 @@ zero with a measured threshold, and equality fires: every neuron in training;
 fixed, learnable, estimated and running thresholds leave it silent.
 """
 
-import functools
-
 from flax import linen as nn
 
-from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.linen.cell import SpikingCell
+from dsatgo_jax.linen.conv import Conv
 from dsatgo_jax.linen.neuron import SpikingNeuron
 from dsatgo_jax.linen.norm import TdBatchNorm
 from dsatgo_jax.neurons import NeuronState
@@ -48,8 +46,6 @@ __all__ = [
   'avg_pool', 'fold_time', 'max_pool', 'repeat_in_time',
 ]  # fmt: skip
 
-# Flax folds all leading axes into the batch: [T, B, H, W, C] goes in as it is.
-Conv = functools.partial(nn.Conv, kernel_init=kaiming_normal)
 Dense = nn.Dense
 avg_pool = over_leading_axes(nn.avg_pool)
 max_pool = over_leading_axes(nn.max_pool)

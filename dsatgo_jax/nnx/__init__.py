@@ -22,13 +22,11 @@ all-zero input a measured threshold is zero and every neuron fires in training;
 all other thresholds leave it silent.
 """
 
-import functools
-
 from flax import nnx
 
-from dsatgo_jax.initializers import kaiming_normal
 from dsatgo_jax.neurons import NeuronState
 from dsatgo_jax.nnx.cell import SpikingCell
+from dsatgo_jax.nnx.conv import Conv
 from dsatgo_jax.nnx.neuron import SpikingNeuron
 from dsatgo_jax.nnx.norm import TdBatchNorm
 from dsatgo_jax.nnx.variables import CAPTURED, Histogram, Membrane, Probe
@@ -40,8 +38,6 @@ __all__ = [
   'max_pool', 'repeat_in_time',
 ]  # fmt: skip
 
-# Flax folds all leading axes into the batch: [T, B, H, W, C] goes in as it is.
-Conv = functools.partial(nnx.Conv, kernel_init=kaiming_normal)
 Dense = nnx.Linear
 avg_pool = over_leading_axes(nnx.avg_pool)
 max_pool = over_leading_axes(nnx.max_pool)
