@@ -69,7 +69,7 @@ def _backward(settings, residuals, cotangents):
   (parameters, probes), pool = jax.vjp(
     functools.partial(xla.vary_like, x), (parameters, probes)
   )
-  decay = parameters.decay
+  decay, kept = parameters.decay, x.dtype
   x, pull_x = jax.vjp(
     dynamics.presynaptic, xla.late(x, g_spikes[-1] + g_v, measured), parameters
   )
@@ -153,7 +153,9 @@ def _backward(settings, residuals, cotangents):
     g_v = decay * g
 
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
-  g_x, g_norm = pull_x(xla.stack(g_u[::-1]))
+  # In the dtype of x, whose cotangent it becomes.
+  g_u = xla.gathered([g.astype(kept) for g in reversed(g_u)])
+  g_x, g_norm = pull_x(g_u.astype(decay.dtype))
   g_parameters = jax.tree.map(jnp.add, g_parameters, g_norm)
   told = {
     name: jnp.stack(rows[::-1]).astype(probes[name].dtype)

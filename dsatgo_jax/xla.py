@@ -24,6 +24,21 @@ def stack(arrays):
   return join([jnp.stack(arrays[part]) for part in parts(len(arrays))])
 
 
+def gathered(arrays):
+  """Stacks one array a timestep; what reads them reads the stack.
+
+  Elsewhere than on CPU as [B, T, ...] in memory, which weights and tdBN want;
+  without the barrier each of their kernels would read the single arrays.
+  """
+
+  def batch_major(*arrays):
+    return jnp.moveaxis(lax.optimization_barrier(jnp.stack(arrays, 1)), 1, 0)
+
+  return lax.platform_dependent(
+    *arrays, cpu=lambda *arrays: stack(arrays), default=batch_major
+  )
+
+
 def join(parts):
   """Concatenates trees in time; the last may be shorter than the others.
 
