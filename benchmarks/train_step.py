@@ -29,7 +29,7 @@ class Relu(nn.Module):
   def __call__(self, x, norm, tdbn_scale):
     """Takes what a neuron takes."""
     del tdbn_scale
-    return jax.nn.relu(norm(x))
+    return jax.nn.relu(norm(x)).astype(x.dtype)
 
 
 def relu_twin(network):
@@ -42,11 +42,8 @@ def relu_twin(network):
   return Twin
 
 
-def compiled(network, shape, options=None):
-  """Loss and gradients of a network, compiled, and its arguments."""
-  x = jax.random.normal(jax.random.key(0), shape)
-  labels = jnp.zeros(shape[0] if len(shape) == 4 else shape[1], jnp.int32)
-  variables = network.init(jax.random.key(1), x)
+def loss_and_gradients(network):
+  """The step, of variables, images and labels."""
 
   def step(variables, x, labels):
     def loss(params):
@@ -57,7 +54,15 @@ def compiled(network, shape, options=None):
 
     return jax.value_and_grad(loss, has_aux=True)(variables['params'])
 
-  arguments = (variables, x, labels)
+  return step
+
+
+def compiled(network, shape, options=None):
+  """Loss and gradients of a network, compiled, and its arguments."""
+  x = jax.random.normal(jax.random.key(0), shape)
+  labels = jnp.zeros(shape[0] if len(shape) == 4 else shape[1], jnp.int32)
+  arguments = (network.init(jax.random.key(1), x), x, labels)
+  step = loss_and_gradients(network)
   return jax.jit(step).lower(*arguments).compile(options), arguments
 
 

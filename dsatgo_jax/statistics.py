@@ -216,7 +216,10 @@ def _hypot(x):
 
 
 def _near_mean(x, per, mask):
-  """A value near x's mean, from a sample; exact where x is constant."""
+  """A value near x's mean, exact where x is constant.
+
+  Elsewhere than on CPU a single entry: a mean would take two kernels more.
+  """
   # Of one example only, so that a sharded batch need not be gathered.
   if mask is None:
     lead = min(x.ndim - per, max(1 + per, x.ndim - 3))
@@ -228,7 +231,11 @@ def _near_mean(x, per, mask):
     sample = sample[(0,) * max(0, sample.ndim - 3)]
   sample = sample.reshape(-1, *x.shape[x.ndim - per :])
   sample = sample[:: max(1, len(sample) // 64)]
-  return sample[0] + jnp.mean(sample - sample[:1], 0)
+  return lax.platform_dependent(
+    sample,
+    cpu=lambda sample: sample[0] + jnp.mean(sample - sample[:1], 0),
+    default=lambda sample: sample[0],
+  )
 
 
 def sums(terms: tuple[jax.Array, ...], per: int = 0) -> tuple[jax.Array, ...]:

@@ -54,6 +54,35 @@ def test_one_huge_outlier(shape, where, outlier):
   np.testing.assert_allclose(measure(u), expected(u), rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+  'u',
+  [
+    3e3 + noise(4, 8, 8, 16),
+    1e-30 * (1 + noise(4, 64)),
+    1e20 * noise(4, 64),
+    np.full((3, 5), 0.7, np.float32),
+    np.zeros((4, 8, 8, 16), np.float32),
+  ],
+  ids=['far from zero', 'tiny', 'huge', 'constant', 'zero'],
+)
+def test_what_other_platforms_compute(u, monkeypatch):
+  """The branches that are not the CPU's, run on the CPU."""
+
+  def default(*arguments, default, **others):
+    del others
+    return default(*arguments)
+
+  monkeypatch.setattr(jax.lax, 'platform_dependent', default)
+  scale = np.abs(u).max()
+  measured = statistics.measure(jnp.asarray(u, jnp.float32))
+  np.testing.assert_allclose(measured.mean, expected(u)[0], 1e-6, 1e-7 * scale)
+  np.testing.assert_allclose(measured.std, expected(u)[1], 1e-4, 1e-45)
+  mean, squares = statistics.moments(jnp.asarray(u / (scale or 1)), per=1)
+  u = np.asarray(u, np.float64).reshape(-1, u.shape[-1]) / (scale or 1)
+  np.testing.assert_allclose(mean, u.mean(0), 1e-6, 1e-7)
+  np.testing.assert_allclose(squares, u.var(0) * len(u), 1e-4, 1e-12)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
   value=st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False),
