@@ -154,16 +154,23 @@ def automatic(function, out):
   what is sharded are refused.
 
   Args:
-    function: of arrays.
+    function: of arrays, the first of which tells the mesh.
     out: the `PartitionSpec`s of its outputs, or of whole trees of them.
 
   Returns:
     The same function of arrays that are sharded explicitly, or not.
   """
-  axes = jax.sharding.get_abstract_mesh().explicit_axes
-  if not axes:
-    return function
-  return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
+
+  def shielded(x, *rest):
+    mesh = jax.typeof(x).sharding.mesh
+    axes = mesh.explicit_axes
+    if not axes:
+      return function(x, *rest)
+    within = jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
+    with jax.sharding.use_abstract_mesh(mesh):
+      return within(x, *rest)
+
+  return shielded
 
 
 def vary_like(x, tree):

@@ -1,6 +1,8 @@
 """A training step on four devices is the step on one with the whole batch."""
 
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -169,6 +171,49 @@ def test_four_devices_equal_one(settings, start):
   close(with_sharded_jit(alone, *batch), expected)
   close(with_pmap(pooled, *batch), expected)
   close(with_shard_map(pooled, *batch), expected)
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('train', [True, False])
+def test_a_sharded_batch_stays_where_it_is(train, kind):
+  """Nothing of it is sent to another device, images and frames alike."""
+  mesh = jax.make_mesh((4,), ('batch',), axis_types=(kind,))
+
+  class Convolutional(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      mode = {'use_running_average': not train}
+      for features in (4, 6):
+        x = snn.Conv(features, (3, 3), use_bias=False)(x)
+        norm = snn.TdBatchNorm(**mode).affine(x)
+        x = snn.SpikingNeuron(num_steps=4, **mode)(x, norm=norm)
+        x = snn.max_pool(x, (2, 2), strides=(2, 2))
+      x = snn.avg_pool(x, x.shape[2:4])
+      x = snn.SpikingNeuron(num_steps=4, **mode)(snn.Dense(5)(x[:, :, 0, 0]))
+      return snn.Dense(3)(x)
+
+  net = Convolutional()
+  x, labels = jnp.zeros((4, 8, 8, 8, 2)), jnp.arange(8) % 3
+  variables = net.init(jax.random.key(0), x)
+
+  def loss(params, x, labels):
+    logits, updates = net.apply(
+      variables | {'params': params}, x, mutable=['batch_stats']
+    )
+    return losses.tet(logits, labels).mean(), updates
+
+  def shard(a, *spec):
+    return jax.device_put(a, NamedSharding(mesh, P(*spec)))
+
+  arguments = shard(x, None, 'batch'), shard(labels, 'batch')
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  text = step.lower(shard(variables['params']), *arguments).compile().as_text()
+  sent = r' = (.*?) (all-to-all|collective-permute|all-gather|all-reduce)\('
+  for shape, how in re.findall(sent, text):
+    sizes = re.findall(r'\[([\d,]*)\]', shape)
+    most = max(math.prod(map(int, filter(None, s.split(',')))) for s in sizes)
+    assert how in ('all-reduce', 'all-gather'), (shape, how)
+    assert most <= 8 * 8 * 4, (shape, how)  # Less than an example's.
 
 
 @float64
