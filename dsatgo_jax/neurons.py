@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dsatgo_jax import fused as fused_scan
 from dsatgo_jax import (
+  devices,
   methods,
   statistics,
   surrogate,
@@ -23,6 +23,7 @@ from dsatgo_jax import (
   width,
   xla,
 )
+from dsatgo_jax import fused as fused_scan
 from dsatgo_jax.dynamics import (
   PATHS,
   RECORDS,
@@ -199,7 +200,7 @@ def run(
         f'got shape {average.shape}.'
       )
   if running is None:
-    statistics.warn_if_not_pooled(axis_name, x)
+    devices.warn_if_not_pooled(axis_name, x)
   if fused is None:
     fused = not getattr(surrogate, 'forward_mode', False)
   fused &= 0 not in x.shape  # An empty batch needs no saving.

@@ -5,7 +5,6 @@ devices by `axis_name`; no gradient flows through either.
 """
 
 import math
-import warnings
 from typing import NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dsatgo_jax import xla
+from dsatgo_jax import devices, xla
 
 # Of deviations whose squares vanish or overflow, those of their products with
 # the one or the other do not, from about 1e-36 to 1e22 in float32.
@@ -55,7 +54,7 @@ def measure(u: jax.Array, axis_name=None, mask=None) -> Statistics:
     ValueError: there is one neuron in all, which has no deviation.
   """
   u = lax.stop_gradient(u)
-  num_devices = axis_size(axis_name)
+  num_devices = devices.axis_size(axis_name)
   if u.size * num_devices < 2:
     raise ValueError(
       'The deviation of the membrane needs at least two neurons in all (batch '
@@ -70,7 +69,7 @@ def measure(u: jax.Array, axis_name=None, mask=None) -> Statistics:
   norm = jnp.sqrt(_not_negative(square)) / scale
   if axis_name:
     parts = [mean, norm] if mask is None else [mean, norm, counted]
-    means, norms, *counts = gather(jnp.stack(parts), axis_name).T
+    means, norms, *counts = devices.gather(jnp.stack(parts), axis_name).T
     mean = means[0] + weighted_mean(means - means[0], *counts)
     each = counts[0] if counts else counted
     norm = _hypot(jnp.stack([norms, jnp.sqrt(each) * (means - mean)]))
@@ -291,7 +290,7 @@ def sample(a, like: jax.Array, axis_name=None) -> jax.Array:
     [B, n], n at least 1.
   """
   a = jnp.broadcast_to(a, like.shape).reshape(like.shape[0], -1)
-  total = like.size * axis_size(axis_name)
+  total = like.size * devices.axis_size(axis_name)
   return a[:, :: max(1, -(-total // SAMPLES))]
 
 
@@ -357,23 +356,6 @@ def floating(dtype) -> jnp.dtype:
   return dtype
 
 
-def axis_size(axis_name) -> int:
-  """How many devices a mapped axis, or axes, have; 1 for none."""
-  return lax.axis_size(axis_name) if axis_name else 1
-
-
-def gather(x: jax.Array, axis_name) -> jax.Array:
-  """All devices' x, [devices, ...], in one all-reduce.
-
-  Written as a sum, since `shard_map` knows a sum's result to be the same on
-  all devices.
-  """
-  num_devices = lax.axis_size(axis_name)
-  mine = jnp.arange(num_devices) == lax.axis_index(axis_name)
-  mine = jnp.expand_dims(mine, range(1, x.ndim + 1))
-  return lax.psum(jnp.where(mine, x, 0), axis_name)
-
-
 def running_average(old: jax.Array, new: jax.Array, momentum) -> jax.Array:
   """`momentum * old + (1 - momentum) * new`, without gradient [eq 6].
 
@@ -391,27 +373,3 @@ def running_average(old: jax.Array, new: jax.Array, momentum) -> jax.Array:
   kept = old + jnp.zeros_like(average)  # Sharded as the average.
   average = jnp.where(jnp.isfinite(average), average, kept)
   return lax.stop_gradient(average).astype(old.dtype)
-
-
-def warn_if_not_pooled(axis_name, x: jax.Array):
-  """Warns where x is spread over mapped axes that `axis_name` does not name.
-
-  Seen under `pmap` and `shard_map`. `axis_name=()` says that each device's own
-  statistics are meant.
-  """
-  if axis_name is not None:
-    return
-  mesh = jax.sharding.get_abstract_mesh()
-  names = [
-    name
-    for name in mesh.manual_axes
-    if mesh.shape[name] > 1 and not xla.is_summed(x, name)
-  ]
-  if names:
-    warnings.warn(
-      f'x is spread over the mapped axis {", ".join(map(repr, names))}, and '
-      'axis_name=None: every device takes the statistics of its own part of '
-      "the batch. Name the axis (axis_name='...') for those of the whole "
-      'batch; axis_name=() says that this is meant.',
-      stacklevel=3,
-    )

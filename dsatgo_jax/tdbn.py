@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsatgo_jax import statistics, xla
+from dsatgo_jax import devices, statistics, xla
 
 
 def measure(
@@ -29,7 +29,7 @@ def measure(
   Returns:
     Mean and variance [C], at least float32.
   """
-  statistics.warn_if_not_pooled(axis_name, x)
+  devices.warn_if_not_pooled(axis_name, x)
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   channels = jax.P(*jax.typeof(x).sharding.spec[-1:])
   pooled = xla.automatic(functools.partial(_pooled, axis_name), channels)
@@ -45,7 +45,7 @@ def _pooled(axis_name, x, mask):
   if mask is not None:
     parts.append(jnp.full_like(mean, statistics.count(x, 1, mask)))
   means, variances, *counts = jnp.moveaxis(
-    statistics.gather(jnp.stack(parts), axis_name), 1, 0
+    devices.gather(jnp.stack(parts), axis_name), 1, 0
   )
   mean = statistics.weighted_mean(means, *counts)
   point = lax.stop_gradient(mean)
@@ -167,7 +167,7 @@ def unbiased(variance, x, repeats=1, axis_name=None, mask=None) -> jax.Array:
   """
   count = repeats * statistics.count(x, 1, mask)
   if mask is None:
-    count *= statistics.axis_size(axis_name)
+    count *= devices.axis_size(axis_name)
   elif axis_name:
     count = lax.psum(count, axis_name)
   return variance * (count / statistics.nonzero(count - 1))

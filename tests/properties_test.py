@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatgo_jax import (
+  devices,
   dynamics,
   layers,
   linen,
@@ -235,7 +236,7 @@ FUNCTIONS = {
     x, jnp.arange(len(x)) > 0
   ),
   'statistics.weighted_mean': lambda x: statistics.weighted_mean(x, x**2),
-  'statistics.gather': of_devices(statistics.gather),
+  'devices.gather': of_devices(devices.gather),
   'statistics.running_average': lambda x: statistics.running_average(x, x, 0.9),
   'threshold.adaptive': of_rule(threshold.adaptive),
   'threshold.estimated': of_rule(threshold.estimated),
@@ -266,6 +267,9 @@ FUNCTIONS = {
   'time_axis.repeat_in_time': lambda x: time_axis.repeat_in_time(x, 2),
   'time_axis.fold_time': time_axis.fold_time(lambda x: x[:, ::-1] ** 2),
   'time_axis.over_leading_axes': lambda x: linen.max_pool(x[None], (2, 2)),
+  'time_axis.batch_major': lambda x: time_axis.batch_major(jnp.sin, x, 1),
+  'linen.Conv': of_linen(linen.Conv(2, (3,))),
+  'nnx.Conv': of_nnx(lambda: snnx.Conv(5, 2, (3,), rngs=nnx.Rngs(0))),
   'linen.TdBatchNorm': of_linen(linen.TdBatchNorm(False)),
   'linen.SpikingNeuron': of_linen(
     linen.SpikingNeuron(), use_running_average=False
@@ -295,9 +299,9 @@ OF_SETTINGS = {
   'neurons.logit',
   'layers.shared_time',
   'layers.static',
-  'statistics.axis_size',
+  'devices.axis_size',
   'statistics.floating',
-  'statistics.warn_if_not_pooled',
+  'devices.warn_if_not_pooled',
   'tdbn.mask_of',
   'threshold.is_measured',
   'threshold.unmeasured',
@@ -311,8 +315,8 @@ PARTS = {
 
 def test_no_public_function_is_forgotten():
   modules = (
-    surrogate, statistics, threshold, width, methods, dynamics, neurons, layers,
-    tdbn, losses, time_axis, linen, snnx,
+    surrogate, statistics, devices, threshold, width, methods, dynamics,
+    neurons, layers, tdbn, losses, time_axis, linen, snnx,
   )  # fmt: skip
   public = {
     f'{module.__name__.rpartition(".")[2]}.{name}'
