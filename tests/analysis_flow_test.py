@@ -205,6 +205,25 @@ def test_faint_gradients_have_a_norm():
   np.testing.assert_allclose(faint['reach'], strong['reach'], atol=1e-4)
 
 
+def test_bfloat16_tells_what_float32_does_of_the_same_numbers():
+  x = jnp.asarray(normal(4, 8, 5), jnp.bfloat16)
+  weights = jnp.asarray(normal(4, 8, 5), jnp.bfloat16)
+
+  def total(zeros, dtype):
+    spikes, *_ = neurons.run(
+      x.astype(dtype), surrogate=surrogate.arctan, probes=zeros
+    )
+    assert spikes.dtype == dtype
+    return jnp.sum(spikes * weights, dtype=jnp.float32)
+
+  zeros = {name: probes.zeros(name, x) for name in ('paths', 'reach')}
+  told = jax.grad(total)(zeros, jnp.bfloat16)
+  expected = jax.grad(total)(zeros, jnp.float32)
+  assert all(a.dtype == jnp.float32 for a in told.values())
+  close(told, expected, 1e-3)
+  assert (told['paths'][:, probes.FIELDS.index('spatial')] > 0).all()
+
+
 # Models, through what JAX and Flax do with them.
 
 
