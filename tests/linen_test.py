@@ -565,3 +565,22 @@ def test_methods_that_keep_nothing_take_any_number_of_timesteps(method):
 def test_shapes(shape, message):
   with pytest.raises(ValueError, match=message):
     snn.SpikingNeuron().init(jax.random.key(0), jnp.ones(shape), False)
+
+
+def test_a_convolution_is_one_call_of_time_first():
+  x = jnp.ones((4, 2, 5, 5, 3))
+  conv = snn.Conv(6, (3, 3))
+  (y, variables), seen = conv.init_with_output(jax.random.key(0), x), []
+
+  def look(call, args, kwargs, context):
+    del context
+    seen.append(args[0].shape)
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(look):
+    _, kept = conv.apply(variables, x, capture_intermediates=True)
+  assert seen == [x.shape]
+  (output,) = kept['intermediates']['__call__']
+  np.testing.assert_array_equal(output, y)
+  each = [conv.apply(variables, x[i]) for i in range(4)]
+  np.testing.assert_allclose(y, jnp.stack(each), rtol=1e-6)

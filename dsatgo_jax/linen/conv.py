@@ -1,5 +1,6 @@
 """Convolution over time for Flax Linen."""
 
+import inspect
 from typing import Any
 
 from flax import linen as nn
@@ -17,9 +18,11 @@ class Conv(nn.Conv):
 
   kernel_init: Any = kaiming_normal
 
-  @nn.nowrap
+  @nn.compact
   def __call__(self, inputs):
     """Flax's, of inputs [..., B, *spatial, C]."""
+    # One call to Flax, whose interceptors and captures see x as it came.
+    layer = inspect.unwrap(nn.Conv.__call__).__get__(self)
     sizes = self.kernel_size
     num_axes = 1 + (1 if isinstance(sizes, int) else len(sizes))
-    return time_axis.batch_major(super().__call__, inputs, num_axes)
+    return time_axis.batch_major(layer, inputs, num_axes)
