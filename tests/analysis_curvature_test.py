@@ -411,6 +411,7 @@ def everything(net, x, labels, params, pool=lambda loss: loss, axis_name=None):
   return top, gauss_newton(params)
 
 
+@pytest.mark.sample
 @float64
 def test_four_devices_equal_one():
   x, labels = data()

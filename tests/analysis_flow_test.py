@@ -178,9 +178,8 @@ def test_a_sample_of_many_neurons():
   close(jax.tree.map(lambda a: a.sum(0), apart), many)
 
 
-@pytest.mark.parametrize(
-  'num_steps', [17, pytest.param(24, marks=pytest.mark.sample)]
-)
+@pytest.mark.sample
+@pytest.mark.parametrize('num_steps', [17, 24])
 @float64
 def test_long_recordings_in_chunks(num_steps):
   x, g_spikes = normal(2, num_steps, 4, 3)

@@ -329,6 +329,7 @@ def test_table():
   assert plan.table(more, 40)[-1] == 'It fits into 40 GB.'
 
 
+@pytest.mark.sample
 def test_the_command():
   def run(*args):
     return subprocess.run(

@@ -174,7 +174,9 @@ def test_four_devices_equal_one(settings, start):
 
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize(
+  'train', [True, pytest.param(False, marks=pytest.mark.sample)]
+)
 def test_a_sharded_batch_stays_where_it_is(train, kind):
   """Nothing of it is sent to another device, images and frames alike."""
   mesh = jax.make_mesh((4,), ('batch',), axis_types=(kind,))
