@@ -69,6 +69,7 @@ def loss(net, batch):
   return losses.cross_entropy(logits, batch['label']).mean()
 
 
+@pytest.mark.sample
 def test_equals_what_a_training_step_sees():
   rng = jax.random.key(3)
   found = start.by_depth(Net, (2, 1), loss, BATCH, rng)

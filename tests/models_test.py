@@ -258,6 +258,7 @@ class Relu(nn.Module):
     return jax.nn.relu(norm(x))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'network, settings, shape',
   [

@@ -544,6 +544,7 @@ def test_recorded_membranes_have_gradients(num_steps):
 # Second derivatives.
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'method, spike, reset, detach',
   [

@@ -68,7 +68,17 @@ def tet_loss_inputs(rng):
   }
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(
+      path,
+      id=path.stem,
+      marks=[pytest.mark.sample] * (path.stem == 'resnet19_narrow'),
+    )
+    for path in FILES
+  ],
+)
 def test_reference(path, capsys):
   assert parity.main([str(path)]) == 0
   assert 'FAILED' not in capsys.readouterr().out

@@ -25,6 +25,7 @@ def short(layers):
   return {name.removesuffix('/neuron'): one for name, one in layers.items()}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'train', [False, pytest.param(True, marks=pytest.mark.sample)]
 )
