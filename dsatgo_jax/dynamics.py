@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dsatgo_jax import methods, statistics, tdbn
+from dsatgo_jax import methods, statistics, tdbn, threshold
 from dsatgo_jax.threshold import is_measured
 
 
@@ -33,10 +33,13 @@ class NeuronState(NamedTuple):
   Attributes:
     v: membrane potentials after the reset, [B, ...].
     t: the index of the next timestep, an int32 scalar.
+    theta: the threshold in force at the last timestep, `v_th` at first. None
+      stays None where no rule asks for it, and is `v_th` to one that does.
   """
 
   v: jax.Array
   t: jax.Array
+  theta: Any = None
 
 
 class Parameters(NamedTuple):
@@ -89,8 +92,8 @@ class Record(NamedTuple):
     theta: the threshold in force.
     signal: what the width follows, or None.
     width: the surrogate's width.
-    statistics: mean and standard deviation of the membrane, or None where
-      nothing was measured.
+    statistics: mean and standard deviation of the membrane, or what else the
+      method measures; None where nothing was measured.
     firing_rate: the share of (real) neurons that fired, or None if not
       recorded.
     gradient_share: the share of (real) neurons inside the gradient window,
@@ -103,7 +106,7 @@ class Record(NamedTuple):
   theta: jax.Array
   signal: jax.Array | None
   width: jax.Array
-  statistics: statistics.Statistics | None
+  statistics: Any
   firing_rate: jax.Array | None = None
   gradient_share: jax.Array | None = None
   histogram: jax.Array | None = None
@@ -111,10 +114,12 @@ class Record(NamedTuple):
   v: jax.Array | None = None
 
   def scalars(self) -> dict[str, Any]:
-    """The activity, by name; the statistics as `mean` and `std`."""
+    """The activity, by name; the statistics, if that is so, as mean and std."""
     names = ('theta', 'width', 'firing_rate', 'gradient_share')
     scalars = {name: getattr(self, name) for name in names}
-    return scalars | (self.statistics._asdict() if self.statistics else {})
+    measured = self.statistics
+    known = isinstance(measured, statistics.Statistics)
+    return scalars | (measured._asdict() if known else {})
 
 
 # What a `Record` may tell beside the levels.
@@ -134,17 +139,43 @@ class Settings(NamedTuple):
   at_rest: bool
 
 
-def at_rest(x: jax.Array) -> NeuronState:
+def at_rest(
+  x: jax.Array | jax.ShapeDtypeStruct,
+  parameters: Parameters = Parameters(),  # noqa: B008, a constant
+  method: methods.Method = methods.METHODS['ds_atgo'],
+) -> NeuronState:
   """The state before the first timestep.
 
   Args:
     x: pre-synaptic input of one timestep, [B, ...].
+    parameters: the neuron's numbers.
+    method: the rules.
 
   Returns:
-    `NeuronState`, its membrane zero and at least float32.
+    `NeuronState`, its membrane zero and at least float32, its threshold `v_th`.
   """
   dtype = jnp.promote_types(x.dtype, jnp.float32)
-  return NeuronState(jnp.zeros_like(x, dtype), jnp.zeros((), jnp.int32))
+  theta = level_at_rest(method.threshold, parameters, method.measure, x)
+  return NeuronState(
+    jnp.zeros_like(x, dtype), jnp.zeros((), jnp.int32), theta.astype(dtype)
+  )
+
+
+def level_at_rest(rule, parameters, measure, x):
+  """`v_th`, in the shape of what a rule gives for x [B, ...]."""
+  v_th = jnp.asarray(parameters.v_th)
+  dtype = jnp.promote_types(v_th.dtype, jnp.float32)
+  scalar = jax.ShapeDtypeStruct((), dtype)
+  measured = statistics.Statistics(scalar, scalar)
+  if measure is not statistics.measure:
+    u = jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, dtype))
+    measured = jax.eval_shape(lambda u: measure(u, ()), u)
+  before = (v_th,) * threshold.follows(rule)
+  if not is_measured(rule):
+    measured = None
+  level = jax.eval_shape(rule, measured, parameters, jnp.int32(0), *before)
+  # Always an array of its own, that can be donated.
+  return jnp.zeros(level.shape, dtype) + v_th
 
 
 def plain(settings, x, *rest):
@@ -153,11 +184,15 @@ def plain(settings, x, *rest):
   return scanned(scan, settings, x, *rest)
 
 
-def scanned(scan, settings, x, v, t, parameters, running, mask):
-  """All timesteps, by `lax.scan` or a function that does what it does."""
+def scanned(scan, settings, x, v, t, theta, parameters, running, mask):
+  """All timesteps, by `lax.scan` or a function that does what it does.
+
+  `theta` is the threshold before them, None where no rule takes it.
+  """
   method = settings.method
 
-  def body(v, inputs):
+  def body(carry, inputs):
+    v, previous = carry
     t, x, running, mask = inputs
     u = parameters.decay * v + x
     measured = None
@@ -165,10 +200,16 @@ def scanned(scan, settings, x, v, t, parameters, running, mask):
       running is None
       and (is_measured(method.threshold) or is_measured(method.signal))
     ):
-      measured = statistics.measure(u, settings.axis_name, mask)
-    theta, signal, width = levels(method, measured, running, parameters, t)
+      real = () if mask is None else (mask,)
+      measured = method.measure(u, settings.axis_name, *real)
+      measured = lax.stop_gradient(measured)
+    theta, signal, width = levels(
+      method, measured, running, parameters, t, previous
+    )
     # Zero, and NaN where a membrane or a level is infinite or undefined.
-    known = u - theta if running is not None or not measured else measured.std
+    known = u - theta
+    if running is None and isinstance(measured, statistics.Statistics):
+      known = measured.std
     nothing = lax.stop_gradient(known - known)
     spikes, v = fire(settings, (u, u, u), theta, width, parameters, nothing)
     record = Record(theta, signal, width, measured)
@@ -185,10 +226,10 @@ def scanned(scan, settings, x, v, t, parameters, running, mask):
       )
     if 'membrane' in settings.record:
       record = record._replace(u=u, v=v)
-    return v, (spikes, record)
+    return (v, None if previous is None else theta), (spikes, record)
 
   inputs = (timesteps(t, x), presynaptic(x, parameters), running, mask)
-  v, (spikes, record) = scan(body, v, inputs)
+  (v, _), (spikes, record) = scan(body, (v, theta), inputs)
   return spikes, v, record
 
 
@@ -203,13 +244,19 @@ def timesteps(t, x):
   return t + np.arange(len(x), dtype=np.int32)
 
 
-def levels(method, measured, running, parameters, t):
+def follows(method):
+  """Whether a rule of the method takes the threshold before."""
+  return any(map(threshold.follows, filter(None, method[:3:2])))
+
+
+def levels(method, measured, running, parameters, t, previous=None):
   """Threshold, width signal and width at one timestep."""
 
   def level(rule, average):
     if running is not None and is_measured(rule):
       return average
-    return rule(measured if is_measured(rule) else None, parameters, t)
+    before = (lax.stop_gradient(previous),) * threshold.follows(rule)
+    return rule(measured if is_measured(rule) else None, parameters, t, *before)
 
   average = Running() if running is None else running
   theta = level(method.threshold, average.threshold)

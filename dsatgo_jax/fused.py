@@ -16,11 +16,11 @@ from dsatgo_jax import dynamics, statistics, xla
 from dsatgo_jax import probes as tell
 
 
-def run(settings, x, v, t, parameters, running, mask, probes):
+def run(settings, x, v, t, theta, parameters, running, mask, probes):
   """The scan, beyond 16 timesteps in chunks of about sqrt(T) / 2."""
   num_steps = len(x)
   if num_steps <= 16 or 'reach' in probes:
-    return _fused(settings, x, v, t, parameters, running, mask, probes)
+    return _fused(settings, x, v, t, theta, parameters, running, mask, probes)
   most = max(4, math.isqrt(num_steps) // 2)
   divisors = (n for n in range(most, most // 2, -1) if num_steps % n == 0)
   size = next(divisors, most)
@@ -28,15 +28,16 @@ def run(settings, x, v, t, parameters, running, mask, probes):
   settings = settings._replace(at_rest=False)
 
   def chunk(carry, inputs):
-    v, t = carry
+    v, t, theta = carry
     x, *others = inputs
-    spikes, v, record = _fused(settings, x, v, t, parameters, *others)
-    return (v, t + len(x)), (spikes, record)
+    spikes, v, record = _fused(settings, x, v, t, theta, parameters, *others)
+    theta = None if theta is None else record.theta[-1]
+    return (v, t + len(x), theta), (spikes, record)
 
   inputs = (x, running, mask, probes)
   carry, outputs = lax.scan(
     chunk,
-    (v, t),
+    (v, t, theta),
     jax.tree.map(lambda a: a[:end].reshape(-1, size, *a.shape[1:]), inputs),
   )
   outputs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outputs)
@@ -48,23 +49,27 @@ def run(settings, x, v, t, parameters, running, mask, probes):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(settings, x, v, t, parameters, running, mask, probes):
+def _fused(settings, x, v, t, theta, parameters, running, mask, probes):
   """The scan, with a backward pass that keeps x and the statistics alone."""
   # A surrogate of one's own might not be the step that it should be.
   binary = hasattr(settings.surrogate, 'gradient')
   scan = functools.partial(_unrolled, binary=binary)
-  return dynamics.scanned(scan, settings, x, v, t, parameters, running, mask)
+  return dynamics.scanned(
+    scan, settings, x, v, t, theta, parameters, running, mask
+  )
 
 
-def _forward(settings, x, v, t, parameters, running, mask, probes):
-  outputs = _fused(settings, x, v, t, parameters, running, mask, probes)
+def _forward(settings, x, v, t, theta, parameters, running, mask, probes):
+  outputs = _fused(settings, x, v, t, theta, parameters, running, mask, probes)
   measured = outputs[2].statistics
-  return outputs, (x, v, t, parameters, running, measured, probes)
+  if theta is not None:  # Of each timestep, the one before it.
+    theta = jnp.concatenate([theta[None], outputs[2].theta[:-1]])
+  return outputs, (x, v, t, theta, parameters, running, measured, probes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(settings, residuals, cotangents):
-  x, v, t, parameters, running, measured, probes = residuals
+  x, v, t, theta, parameters, running, measured, probes = residuals
   g_spikes, g_v, g_record = cotangents
   (parameters, probes), pool = jax.vjp(
     functools.partial(xla.vary_like, x), (parameters, probes)
@@ -73,16 +78,16 @@ def _backward(settings, residuals, cotangents):
   x, pull_x = jax.vjp(
     dynamics.presynaptic, xla.late(x, g_spikes[-1] + g_v, measured), parameters
   )
-  known = (dynamics.timesteps(t, x), running, measured)
+  known = (dynamics.timesteps(t, x), running, measured, theta)
   known = [jax.tree.map(lambda a: a[i], known) for i in range(len(x))]  # noqa: B023
   never = xla.never(x, measured)
   # Traced once, whatever T is.
   jit = functools.partial(jax.jit, inline=True)
 
   def fire(u, parameters, known):
-    t, running, measured = known
+    t, running, measured, previous = known
     theta, _, width = dynamics.levels(
-      settings.method, measured, running, parameters, t
+      settings.method, measured, running, parameters, t, previous
     )
     return dynamics.fire(settings, u, theta, width, parameters)
 
@@ -162,20 +167,21 @@ def _backward(settings, residuals, cotangents):
     for name, rows in told.items()
   }
   (pooled,) = pool((g_parameters, told))
-  return g_x, g_v, None, pooled[0], None, None, pooled[1]
+  return g_x, g_v, None, None, pooled[0], None, None, pooled[1]
 
 
 _fused.defvjp(_forward, _backward)
 
 
-def _unrolled(body, v, xs, binary):
+def _unrolled(body, carry, xs, binary):
   """`lax.scan`, unrolled; `binary` says that spikes are 0 or 1."""
   x, outputs = xs[1], []
   for part in xla.parts(len(x)):
-    v, ys = lax.scan(body, v, jax.tree.map(lambda a: a[part], xs), unroll=True)  # noqa: B023
+    here = jax.tree.map(lambda a: a[part], xs)  # noqa: B023
+    carry, ys = lax.scan(body, carry, here, unroll=True)
     outputs.append(ys)
   spikes, record = xla.join(outputs)
   if binary and len(x) > 4 and record.statistics is None:
     single = [s for spikes, _ in outputs for s in spikes]
     spikes = xla.through_bits(single, xla.never(x))
-  return v, (spikes, record)
+  return carry, (spikes, record)

@@ -12,7 +12,13 @@ import numpy as np
 from jax import lax
 
 from dsatgo_jax import methods, statistics, tdbn, threshold
-from dsatgo_jax.dynamics import NeuronState, Parameters, Running
+from dsatgo_jax.dynamics import (
+  NeuronState,
+  Parameters,
+  Running,
+  at_rest,
+  level_at_rest,
+)
 from dsatgo_jax.neurons import arrays, run, sequence
 
 
@@ -35,7 +41,11 @@ def averaged(method: methods.Method) -> dict[str, Callable]:
 
 
 def initial_average(
-  rule: Callable, parameters: Parameters, lead: tuple[int, ...], dtype=None
+  rule: Callable,
+  parameters: Parameters,
+  lead: tuple[int, ...],
+  x: jax.Array | jax.ShapeDtypeStruct,
+  measure: Callable = statistics.measure,
 ) -> jax.Array:
   """A running average before training: `v_th` [eq 6].
 
@@ -43,18 +53,15 @@ def initial_average(
     rule: what is averaged.
     parameters: the neuron's numbers.
     lead: (T,), or () for a single timestep.
-    dtype: of the input; the averages are at least float32.
+    x: pre-synaptic input of a timestep, [B, ...], or what has its shape and
+      dtype; the averages are at least float32.
+    measure: the method's.
 
   Returns:
     [*lead, ...], the last axes those of what the rule gives, () for a scalar.
   """
-  parameters = arrays(parameters, dtype)
-  scalar = jnp.zeros((), parameters.v_th.dtype)
-  value = jax.eval_shape(
-    rule, statistics.Statistics(scalar, scalar), parameters, jnp.int32(0)
-  )
-  # Always an array of its own, that can be donated.
-  return jnp.zeros((*lead, *value.shape), scalar.dtype) + parameters.v_th
+  level = level_at_rest(rule, arrays(parameters, x.dtype), measure, x)
+  return jnp.zeros((*lead, *level.shape), level.dtype) + level
 
 
 def layer(
@@ -193,7 +200,12 @@ def _like(mask, x):
 
 
 def initial_carry(
-  shape: tuple[int, ...], dtype, param_dtype, init: Callable | None = None
+  shape: tuple[int, ...],
+  dtype,
+  param_dtype,
+  parameters: Parameters,
+  method: methods.Method,
+  init: Callable | None = None,
 ) -> NeuronState:
   """A cell's state before the first timestep.
 
@@ -201,16 +213,56 @@ def initial_carry(
     shape: x's, [B, ...].
     dtype: of the spikes, or None.
     param_dtype: of the parameters; the membrane is at least as wide as both.
+    parameters: the neuron's numbers.
+    method: the rules.
     init: `init(shape, dtype)`, the membrane; None for zeros.
 
   Returns:
-    `NeuronState`, its t [B], so that RNNs can pick what belongs to an example.
+    `NeuronState`, its t and theta with an axis [B] in front, so that RNNs can
+    pick what belongs to an example.
   """
   dtype = jnp.promote_types(dtype or jnp.float32, param_dtype)
   dtype = jnp.promote_types(dtype, jnp.float32)
-  return NeuronState(
-    (init or jnp.zeros)(shape, dtype), jnp.zeros(shape[:1], jnp.int32)
-  )
+  rest = at_rest(jax.ShapeDtypeStruct(shape, dtype), parameters, method)
+  v = rest.v if init is None else init(shape, dtype)
+  theta = jnp.broadcast_to(rest.theta, (*shape[:1], *rest.theta.shape))
+  return NeuronState(v, jnp.zeros(shape[:1], jnp.int32), theta)
+
+
+def of_all(carry: NeuronState, start: NeuronState) -> NeuronState:
+  """A cell's carry as the state of a layer.
+
+  Args:
+    carry: its t and theta with an axis [B] in front, or without it.
+    start: `initial_carry`.
+
+  Returns:
+    `NeuronState`, its t of `shared_time`.
+  """
+  theta = carry.theta
+  if theta is not None and jnp.ndim(theta) == start.theta.ndim:
+    theta = theta[0] if len(theta) else None
+  return NeuronState(carry.v, shared_time(carry.t), theta)
+
+
+def of_examples(
+  state: NeuronState, carry: NeuronState, start: NeuronState
+) -> NeuronState:
+  """The state of a layer after a timestep as a cell's carry.
+
+  Args:
+    state: `NeuronState`.
+    carry: the one before.
+    start: `initial_carry`.
+
+  Returns:
+    `NeuronState`, of the shapes of `carry`.
+  """
+  theta = state.theta
+  if theta is not None:
+    like = start.theta if carry.theta is None else carry.theta
+    theta = jnp.broadcast_to(theta, jnp.shape(like))
+  return NeuronState(state.v, carry.t + 1, theta)
 
 
 # The time of examples that are at different timesteps: past any end.

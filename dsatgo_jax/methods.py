@@ -6,6 +6,11 @@
     ds_atgo              adaptive threshold, and the width follows it [eq 7]
     mpd_agl              fixed threshold, width from tdBN (IJCAI 2025)
     learnable_threshold  one threshold a layer trained by gradient, fixed width
+    ds_atgo_per_channel  ds_atgo with a threshold and a width for each channel
+    quantile             an exact share of the neurons fires, whatever their
+                         distribution; the width follows
+    moving               the threshold goes half of its way to the adaptive one
+                         at each timestep, from v_th on; the width follows
 
 A method is data: a new one is a row here, or a `Method` of your own rules
 passed where a name is expected.
@@ -14,23 +19,30 @@ passed where a name is expected.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dsatgo_jax import threshold, width
+from dsatgo_jax import quantile, statistics, tdbn, threshold, width
 
 
 class Method(NamedTuple):
   """A threshold rule and a width rule.
 
   Attributes:
-    threshold: `rule(statistics, parameters, t) -> theta`.
+    threshold: `rule(statistics, parameters, t) -> theta`, or with a fourth
+      argument, the theta before it.
     width: `rule(signal, parameters, t) -> width`.
-    signal: what the width follows, `rule(statistics, parameters, t)`; None
-      where it follows nothing.
+    signal: what the width follows, a rule as the threshold's; None where it
+      follows nothing.
+    measure: what rules get as statistics, `measure(u, axis_name) -> tree` of
+      arrays, of the membrane u [B, ...]; with a third argument for what may be
+      masked. The statistics pass no gradient.
   """
 
   threshold: Callable
   width: Callable
   signal: Callable | None = None
+  measure: Callable = statistics.measure
 
+
+_MOVING = threshold.moving(0.5)
 
 METHODS = {
   'vanilla': Method(threshold.fixed, width.fixed),
@@ -41,6 +53,19 @@ METHODS = {
   ),
   'mpd_agl': Method(threshold.fixed, width.mpd_agl),
   'learnable_threshold': Method(threshold.learnable, width.fixed),
+  'ds_atgo_per_channel': Method(
+    threshold.adaptive,
+    width.threshold_driven,
+    threshold.adaptive,
+    tdbn.per_channel,
+  ),
+  'quantile': Method(
+    threshold.quantile,
+    width.threshold_driven,
+    threshold.quantile,
+    quantile.quantile,
+  ),
+  'moving': Method(_MOVING, width.threshold_driven, _MOVING),
 }
 
 _DISTRIBUTIONS = {'true': threshold.adaptive, 'estimated': threshold.estimated}

@@ -15,6 +15,7 @@ from jax import lax
 
 from dsatgo_jax import (
   devices,
+  dynamics,
   methods,
   statistics,
   surrogate,
@@ -185,12 +186,25 @@ def run(
         f'Expected the probe {name!r} for x of shape {x.shape} to be of shape '
         f'{shape}, got shape {probe.shape}.'
       )
-  state = at_rest(x[0]) if state is None else jax.tree.map(jnp.asarray, state)
-  if state.v.shape != x.shape[1:]:
+  state = jax.tree.map(jnp.asarray, state)
+  if state is not None and state.v.shape != x.shape[1:]:
     raise ValueError(
       f'Expected a state for x[0] of shape {x.shape[1:]}, got {state.v.shape=}.'
     )
-  parameters = _checked(parameters, method, reset, x, state.v.dtype)
+  parameters = _checked(
+    parameters, method, reset, x, (x if state is None else state.v).dtype
+  )
+  if state is None:
+    state = at_rest(x[0], parameters, method)
+  elif dynamics.follows(method):
+    rest = at_rest(x[0], parameters, method)
+    theta = rest.theta if state.theta is None else state.theta
+    if theta.shape != rest.theta.shape:
+      raise ValueError(
+        f'Expected a state with a threshold of shape {rest.theta.shape}, got '
+        f'{state.theta.shape=}.'
+      )
+    state = state._replace(theta=theta.astype(rest.theta.dtype))
   for name, average in (running or Running())._asdict().items():
     if average is not None and not (
       average.shape[:1] == x.shape[:1] and _fits(average[0], x[0])
@@ -224,7 +238,10 @@ def _run(settings, fused, x, state, parameters, running, mask, probes):
       x = presynaptic(x, parameters) + probes['u']
       parameters = parameters._replace(norm=None)
     v = xla.vary_like(x, state.v.astype(parameters.decay.dtype))
-    inputs = settings, x, v, state.t, parameters, running, mask
+    before = None
+    if dynamics.follows(settings.method):
+      before = xla.vary_like(x, state.theta)
+    inputs = settings, x, v, state.t, before, parameters, running, mask
     sums = {name: probes[name] for name in SUMS if name in probes}
     if fused or sums:
       spikes, v, happened = fused_scan.run(*inputs, sums)
@@ -232,15 +249,18 @@ def _run(settings, fused, x, state, parameters, running, mask, probes):
       spikes, v, happened = plain(*inputs)
     if 's' in probes:
       spikes += probes['s'].astype(spikes.dtype)
-    state = NeuronState(v, state.t + x.shape[0])
+    theta = None if state.theta is None else happened.theta[-1]
+    state = NeuronState(v, state.t + x.shape[0], theta)
     membranes = {'u': happened.u, 'v': happened.v}
     return spikes, state, lax.stop_gradient(happened)._replace(**membranes)
 
   spec = jax.typeof(x).sharding.spec
   of_record = dict.fromkeys(Record._fields, jax.P()) | {'u': spec, 'v': spec}
+  level = None if state.theta is None else jax.P()
+  of_state = NeuronState(jax.P(*spec[1:]), jax.P(), level)
   scan = xla.automatic(
     scan,
-    (spec, NeuronState(jax.P(*spec[1:]), jax.P()), Record(**of_record)),
+    (spec, of_state, Record(**of_record)),
   )
   return scan(x, state, parameters, running, mask, probes)
 

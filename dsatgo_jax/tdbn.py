@@ -75,6 +75,27 @@ def _moments_jvp(primals, tangents):
   return (mean, variance), (average(dx), 2 * average((x - _per(mean, x)) * dx))
 
 
+def per_channel(
+  u: jax.Array, axis_name=None, mask=None
+) -> statistics.Statistics:
+  """Mean and deviation (ddof = 1) of each channel of the membrane.
+
+  What `methods.Method.measure` may be, for a threshold per channel.
+
+  Args:
+    u: membrane potentials before the reset, [B, ..., C].
+    axis_name: mapped axis, or axes, over which the batch is spread.
+    mask: [B], whether an example is real; None for all of them.
+
+  Returns:
+    `Statistics` of arrays [C], without gradient.
+  """
+  u = lax.stop_gradient(u)
+  mean, variance = _pooled(axis_name, u, mask)
+  variance = unbiased(variance, u, 1, axis_name, mask)
+  return statistics.Statistics(mean, jnp.sqrt(variance))
+
+
 def _per(channels, x):
   """[C] as an array that has x's axes."""
   return lax.expand_dims(channels, range(x.ndim - 1))

@@ -1,10 +1,19 @@
 """Threshold rules: what the neurons of a layer fire against at a timestep.
 
-A rule is a plain function `rule(statistics, parameters, t) -> scalar` of the
-measured `Statistics`, the neuron's `Parameters` and the timestep's index. A
-rule that reads the statistics is averaged over training for inference; one
-marked `@unmeasured` is computed anew there, and gets None for statistics.
+A rule is a plain function `rule(statistics, parameters, t) -> theta` of what
+was measured (`Statistics`, or what the method's own `measure` gives), the
+neuron's `Parameters` and the timestep's index; theta is a scalar, or an array
+that broadcasts against [B, ...]. A rule that reads the statistics is averaged
+over training for inference; one marked `@unmeasured` is computed anew there,
+and gets None for statistics.
+
+A rule with a fourth argument, `rule(statistics, parameters, t, previous)`, also
+gets the threshold that was in force one timestep before, `v_th` at first,
+without gradient.
 """
+
+import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +28,19 @@ def unmeasured(rule):
 def is_measured(rule) -> bool:
   """Whether a rule reads the statistics, and so needs a running average."""
   return rule is not None and getattr(rule, 'measured', True)
+
+
+@functools.cache
+def follows(rule) -> bool:
+  """Whether a rule takes the threshold before it, as its fourth argument."""
+  kinds = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+  )
+  given = inspect.signature(rule).parameters.values()
+  return (
+    sum(one.kind in kinds and one.default is one.empty for one in given) > 3
+  )
 
 
 def adaptive(statistics, parameters, t):
@@ -57,3 +79,31 @@ def learnable(statistics, parameters, t):
   """
   del statistics, t
   return parameters.v_th
+
+
+def moving(rate: float):
+  """A threshold that moves towards the adaptive one within a recording.
+
+  Args:
+    rate: which share of the distance it goes at each timestep, in (0, 1].
+
+  Returns:
+    A rule: `previous + rate * (adaptive - previous)`, from `v_th` on.
+
+  Raises:
+    ValueError: the rate is out of its range.
+  """
+  if not 0 < rate <= 1:
+    raise ValueError(f'Expected 0 < rate <= 1, got {rate=}.')
+
+  return functools.partial(_moved, rate)
+
+
+def _moved(rate, statistics, parameters, t, previous):
+  return previous + rate * (adaptive(statistics, parameters, t) - previous)
+
+
+def quantile(statistics, parameters, t):
+  """`f_c` times the quantile that `quantile.quantile` measures."""
+  del t
+  return parameters.f_c * statistics

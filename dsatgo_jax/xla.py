@@ -61,7 +61,7 @@ def late(x, g, measured):
   pass and keep it until then; its CPU compiler does so across the barriers of
   `jax.checkpoint`, too.
   """
-  bound = jnp.inf if measured is None else jnp.inf + measured.std[-1]
+  bound = jnp.inf if measured is None else jnp.inf + _any_of(measured)
   # One value per example leaves a sharded batch where it is.
   first = lax.expand_dims(g.reshape(g.shape[0], -1)[:, 0], range(1, g.ndim))
   return jnp.where(first > bound, 1, x)
@@ -69,8 +69,14 @@ def late(x, g, measured):
 
 def never(x, measured=None):
   """False, which the compiler cannot know."""
-  scalar = x[(0,) * x.ndim] if measured is None else measured.std[-1]
+  scalar = x[(0,) * x.ndim] if measured is None else _any_of(measured)
   return scalar > jnp.inf
+
+
+def _any_of(tree):
+  """A scalar of a tree of arrays, [T, ...]: one of the last to be known."""
+  last = jax.tree.leaves(tree)[-1][-1]
+  return last[(0,) * last.ndim]
 
 
 def unknown(value, x):

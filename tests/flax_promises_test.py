@@ -445,7 +445,8 @@ def test_rnns_return_the_carry_of_each_examples_last_timestep(rnn):
   states = [run(x[:n])[1] for n in range(1, 5)]
   last = [states[n - 1].v[i] for i, n in enumerate(lengths.tolist())]
   close((y, running), run(x)[::2])
-  close(state, neurons.NeuronState(jnp.stack(last), lengths))
+  theta = jnp.stack([states[n - 1].theta for n in lengths.tolist()])
+  close(state, neurons.NeuronState(jnp.stack(last), lengths, theta))
 
 
 @rnns

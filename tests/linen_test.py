@@ -129,12 +129,13 @@ def test_what_is_kept(method, width_signal):
   assert variables['params'].keys() == {'w'} | learns
 
   names = []
-  if 'at' in method:
+  if 'at' in method or method in ('quantile', 'moving'):
     names.append('running_threshold')
-  if method == 'tgo' or (method == 'ds_atgo' and width_signal == 'sigma'):
+  if method == 'tgo' or ('ds_atgo' in method and width_signal == 'sigma'):
     names.append('running_signal')
   kept = variables.get('batch_stats', {})
-  close(kept, {name: jnp.ones(3) for name in names})
+  shape = (3, 5) if 'channel' in method else 3
+  close(kept, {name: jnp.ones(shape) for name in names})
 
   (_, updates) = neuron.apply(
     variables, x, False, **scale, mutable=['batch_stats', 'spiking']
@@ -237,7 +238,9 @@ def test_the_cell_returns_its_carry():
   x = normal(4, 5)
   cell = snn.SpikingCell(use_running_average=False)
   carry = cell.initialize_carry(jax.random.key(0), x.shape)
-  at_rest = neurons.NeuronState(jnp.zeros((4, 5)), jnp.zeros(4, int))
+  at_rest = neurons.NeuronState(
+    jnp.zeros((4, 5)), jnp.zeros(4, int), jnp.ones(4)
+  )
   chex.assert_trees_all_equal(carry, at_rest)
   variables = cell.init(jax.random.key(0), carry, x)
   spikes, state, _ = neurons.step(None, x)
@@ -246,7 +249,9 @@ def test_the_cell_returns_its_carry():
     (neurons.at_rest(x), jnp.int32(1)),
   ):
     (after, y), _ = cell.apply(variables, before, x, mutable=['batch_stats'])
-    chex.assert_trees_all_equal((y, after), (spikes, state._replace(t=t)))
+    theta = jnp.broadcast_to(state.theta, t.shape)
+    expected = state._replace(t=t, theta=theta)
+    chex.assert_trees_all_equal((y, after), (spikes, expected))
 
 
 @pytest.mark.parametrize('use_running_average', [False, True])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from dsatgo_jax import methods, neurons, threshold, width
+from dsatgo_jax import methods, neurons, quantile, tdbn, threshold, width
 from dsatgo_jax.methods import METHODS, Method
 from dsatgo_jax.neurons import Parameters
 from dsatgo_jax.statistics import Statistics
@@ -120,14 +120,19 @@ def test_gradients_of_rules(rule, learns):
 
 def test_the_table():
   adaptive, follows = threshold.adaptive, width.threshold_driven
-  assert METHODS == {
+  rate, moving = threshold.quantile, METHODS['moving'].threshold
+  table = {
     'vanilla': (threshold.fixed, width.fixed, None),
     'at': (adaptive, width.fixed, None),
     'tgo': (threshold.fixed, follows, adaptive),
     'ds_atgo': (adaptive, follows, adaptive),
     'mpd_agl': (threshold.fixed, width.mpd_agl, None),
     'learnable_threshold': (threshold.learnable, width.fixed, None),
+    'ds_atgo_per_channel': (adaptive, follows, adaptive, tdbn.per_channel),
+    'quantile': (rate, follows, rate, quantile.quantile),
+    'moving': (moving, follows, moving),
   }
+  assert METHODS == {name: Method(*row) for name, row in table.items()}
   for name, method in METHODS.items():
     assert methods.get(name) == method
 
@@ -135,7 +140,7 @@ def test_the_table():
 @pytest.mark.parametrize('name', ['at', 'tgo', 'ds_atgo'])
 def test_choosing_distribution_and_signal(name):
   """The width follows the threshold that `ds_atgo` would have, or sigma."""
-  _, kappa, follows = METHODS[name]
+  _, kappa, follows, _ = METHODS[name]
 
   def expected(rule, signal):
     theta = threshold.fixed if name == 'tgo' else rule

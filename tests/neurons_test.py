@@ -701,10 +701,10 @@ def test_what_is_averaged_and_where_it_starts():
   assert at == {'threshold': threshold.adaptive}
   assert tgo == {'signal': threshold.adaptive}
   assert both == at | {'signal': width.deviation} and none == {}
-  parameters = Parameters(v_th=0.5, f_c=(1.0, 0.9))
-  average = layers.initial_average(threshold.adaptive, parameters, (3,))
+  parameters, x = Parameters(v_th=0.5, f_c=(1.0, 0.9)), jnp.ones((4, 2))
+  average = layers.initial_average(threshold.adaptive, parameters, (3,), x)
   chex.assert_trees_all_equal(average, jnp.full((3, 2), 0.5))
-  average = layers.initial_average(width.deviation, parameters, ())
+  average = layers.initial_average(width.deviation, parameters, (), x)
   chex.assert_trees_all_equal(average, jnp.float32(0.5))
 
 

@@ -200,7 +200,9 @@ def test_the_cell_returns_its_carry():
   x = normal(4, 5)
   cell = snn.SpikingCell(num_steps=3)
   carry = cell.initialize_carry(x.shape)
-  at_rest = neurons.NeuronState(jnp.zeros((4, 5)), jnp.zeros(4, int))
+  at_rest = neurons.NeuronState(
+    jnp.zeros((4, 5)), jnp.zeros(4, int), jnp.ones(4)
+  )
   chex.assert_trees_all_equal(carry, at_rest)
   spikes, state, _ = neurons.step(None, x)
   for before, t in (
@@ -208,7 +210,9 @@ def test_the_cell_returns_its_carry():
     (neurons.at_rest(x), jnp.int32(1)),
   ):
     after, y = cell(before, x)
-    chex.assert_trees_all_equal((y, after), (spikes, state._replace(t=t)))
+    theta = jnp.broadcast_to(state.theta, t.shape)
+    expected = state._replace(t=t, theta=theta)
+    chex.assert_trees_all_equal((y, after), (spikes, expected))
 
 
 def test_chunks_with_the_state_passed_on_equal_the_whole():

@@ -20,6 +20,7 @@ from dsatgo_jax import (
   losses,
   methods,
   neurons,
+  quantile,
   statistics,
   surrogate,
   tdbn,
@@ -178,7 +179,9 @@ def of_rule(rule):
   def function(x):
     measured = statistics.measure(x)
     parameters = Parameters(*x[0, 0, :4], tdbn_scale=x[0, 0])
-    follows = rule in (width.fixed, width.threshold_driven, width.mpd_agl)
+    follows = rule in (
+      width.fixed, width.threshold_driven, width.mpd_agl, threshold.quantile
+    )  # fmt: skip
     return rule(measured.std if follows else measured, parameters, 1)
 
   return function
@@ -242,6 +245,8 @@ FUNCTIONS = {
   'threshold.estimated': of_rule(threshold.estimated),
   'threshold.fixed': of_rule(threshold.fixed),
   'threshold.learnable': of_rule(threshold.learnable),
+  'threshold.quantile': of_rule(threshold.quantile),
+  'quantile.quantile': quantile.quantile,
   'width.deviation': of_rule(width.deviation),
   'width.fixed': of_rule(width.fixed),
   'width.threshold_driven': of_rule(width.threshold_driven),
@@ -252,6 +257,7 @@ FUNCTIONS = {
   'neurons.sequence': neurons.sequence,
   'dynamics.at_rest': dynamics.at_rest,
   'tdbn.measure': tdbn.measure,
+  'tdbn.per_channel': tdbn.per_channel,
   'tdbn.affine': lambda x: tdbn.affine(*tdbn.measure(x), x[0, 0], 0.5)(x),
   'tdbn.layer': lambda x: tdbn.layer(
     x, tdbn.measure(x), use_running_average=False
@@ -297,26 +303,33 @@ OF_SETTINGS = {
   'layers.initial_average',
   'layers.initial_carry',
   'neurons.logit',
+  'layers.of_all',
+  'layers.of_examples',
   'layers.shared_time',
   'layers.static',
   'devices.axis_size',
   'statistics.floating',
   'devices.warn_if_not_pooled',
   'tdbn.mask_of',
+  'threshold.follows',
   'threshold.is_measured',
+  'threshold.moving',
   'threshold.unmeasured',
 }
 # What `neurons.run` is made of; tested through it.
 PARTS = {
   f'dynamics.{name}'
-  for name in ('fire', 'levels', 'plain', 'presynaptic', 'scanned', 'timesteps')
+  for name in (
+    *('fire', 'follows', 'level_at_rest', 'levels', 'plain', 'presynaptic'),
+    *('scanned', 'timesteps'),
+  )
 }
 
 
 def test_no_public_function_is_forgotten():
   modules = (
     surrogate, statistics, devices, threshold, width, methods, dynamics,
-    neurons, layers, tdbn, losses, time_axis, linen, snnx,
+    neurons, layers, quantile, tdbn, losses, time_axis, linen, snnx,
   )  # fmt: skip
   public = {
     f'{module.__name__.rpartition(".")[2]}.{name}'

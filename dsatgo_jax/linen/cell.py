@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsatgo_jax import layers
+from dsatgo_jax import layers, methods
 from dsatgo_jax.linen.neuron import SpikingNeuron
-from dsatgo_jax.neurons import NeuronState
+from dsatgo_jax.neurons import NeuronState, Parameters
 
 
 class SpikingCell(SpikingNeuron, nn.RNNCellBase):
@@ -40,14 +40,16 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
     Returns:
       (state, spikes [B, ...]).
     """
+    x = jnp.asarray(x)
+    start = self.initialize_carry(None, x.shape)
     spikes, state = self._run(
-      jnp.asarray(x)[None],
+      x[None],
       use_running_average,
-      carry._replace(t=layers.shared_time(carry.t)),
+      layers.of_all(carry, start),
       True,
       per_step=True,
     )
-    return state._replace(t=carry.t + 1), spikes[0]
+    return layers.of_examples(state, carry, start), spikes[0]
 
   @nn.nowrap
   def initialize_carry(self, rng, input_shape) -> NeuronState:
@@ -58,7 +60,11 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
       input_shape: x's.
 
     Returns:
-      A `NeuronState`, its t [B].
+      A `NeuronState`, its t and theta [B].
     """
     del rng
-    return layers.initial_carry(input_shape, self.dtype, self.param_dtype)
+    parameters = Parameters(self.decay, self.v_th, self.f_c, self.width)
+    method = methods.get(self.method, self.threshold, self.width_signal)
+    return layers.initial_carry(
+      input_shape, self.dtype, self.param_dtype, parameters, method
+    )

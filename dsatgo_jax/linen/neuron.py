@@ -161,7 +161,7 @@ class SpikingNeuron(nn.Module):
         'batch_stats',
         f'running_{name}',
         layers.initial_average,
-        *(rule, initial, lead, x.dtype),
+        *(rule, initial, lead, x[0], method.measure),
       )
       for name, rule in layers.averaged(method).items()
     }

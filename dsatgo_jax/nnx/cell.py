@@ -58,13 +58,15 @@ class SpikingCell(SpikingNeuron, nnx.RNNCellBase):
         f'Expected at most T = {self.num_steps} timesteps, as num_steps says, '
         f'got an nnx.RNN over {length}.'
       )
+    x = jnp.asarray(x)
+    start = self.initialize_carry(x.shape)
     spikes, state = super().__call__(
-      jnp.asarray(x)[None],
+      x[None],
       use_running_average,
-      state=carry._replace(t=layers.shared_time(carry.t)),
+      state=layers.of_all(carry, start),
       return_state=True,
     )
-    return state._replace(t=carry.t + 1), spikes[0]
+    return layers.of_examples(state, carry, start), spikes[0]
 
   def initialize_carry(self, input_shape, rngs=None, carry_init=None):
     """The state at rest, for x of shape [B, ...].
@@ -75,13 +77,20 @@ class SpikingCell(SpikingNeuron, nnx.RNNCellBase):
       carry_init: an initializer of the membrane; None for neurons at rest.
 
     Returns:
-      A `NeuronState`, its t [B].
+      A `NeuronState`, its t and theta [B].
     """
     init = carry_init
     if carry_init is not None:
       stream = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
       init = functools.partial(carry_init, stream and stream())
-    return layers.initial_carry(input_shape, self.dtype, self.param_dtype, init)
+    return layers.initial_carry(
+      input_shape,
+      self.dtype,
+      self.param_dtype,
+      self.parameters(),
+      self.method,
+      init,
+    )
 
 
 def _length_of_rnn(t):

@@ -5,9 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from dsatgo_jax import layers, methods, neurons, probes, surrogate, tdbn
+from dsatgo_jax import (
+  layers,
+  methods,
+  neurons,
+  probes,
+  statistics,
+  surrogate,
+  tdbn,
+)
 from dsatgo_jax.neurons import NeuronState
 from dsatgo_jax.nnx.variables import CAPTURED, chosen
 from dsatgo_jax.threshold import learnable
@@ -21,6 +30,7 @@ class SpikingNeuron(nnx.Module):
     method: str | methods.Method = 'ds_atgo',
     *,
     num_steps: int | None = None,
+    num_features: int | Sequence[int] = (),
     use_running_average: bool = False,
     decay: Any = 0.2,
     learn_decay: bool = True,
@@ -45,6 +55,8 @@ class SpikingNeuron(nnx.Module):
     Args:
       method: a name of `methods.METHODS`, or a `methods.Method`.
       num_steps: T; None for any, if the method keeps no running values.
+      num_features: the size of x's last axis, or axes, which a method needs to
+        know whose threshold is not a scalar: 'ds_atgo_per_channel'.
       use_running_average: inference by the running thresholds; `model.eval()`
         sets it.
       decay: the retained fraction of the membrane, in (0, 1) if learnt.
@@ -87,6 +99,7 @@ class SpikingNeuron(nnx.Module):
       self.w = nnx.Param(jnp.asarray(neurons.logit(decay), param_dtype))
     learns = self.method.threshold is learnable
     self.v_th = nnx.Param(jnp.asarray(v_th, param_dtype)) if learns else v_th
+    features = np.ravel(num_features).astype(int).tolist()
     for name, rule in layers.averaged(self.method).items():
       if num_steps is None:
         raise ValueError(
@@ -97,8 +110,15 @@ class SpikingNeuron(nnx.Module):
         rule,
         neurons.Parameters(decay, v_th, f_c, width),
         (num_steps,),
-        param_dtype,
+        jax.ShapeDtypeStruct((2, *features), param_dtype),
+        self.method.measure,
       )
+      measures = self.method.measure is not statistics.measure
+      if average.ndim > 1 and measures and not features:
+        raise ValueError(
+          "This method's threshold is not a scalar: expected num_features, the "
+          f"size of x's last axis, got {num_features=}."
+        )
       setattr(self, f'running_{name}', nnx.BatchStat(average))
 
   def __call__(
@@ -135,14 +155,7 @@ class SpikingNeuron(nnx.Module):
     kinds = tuple(map(type, getattr(self, '__captures__', ())))
     spikes, state, told, running = layers.layer(
       x,
-      neurons.Parameters(
-        jax.nn.sigmoid(self.w[...]) if self.learn_decay else self.decay,
-        self.v_th[...] if isinstance(self.v_th, nnx.Param) else self.v_th,
-        self.f_c,
-        self.width,
-        tdbn_scale,
-        norm,
-      ),
+      self.parameters()._replace(tdbn_scale=tdbn_scale, norm=norm),
       self.method,
       neurons.Running(**{name: a[...] for name, a in averages.items()}),
       num_steps=self.num_steps,
@@ -172,6 +185,16 @@ class SpikingNeuron(nnx.Module):
       for name, value in values.items():
         self.sow(CAPTURED[collection], name, value, lambda _, new: new)
     return (spikes, state) if return_state else spikes
+
+  def parameters(self) -> neurons.Parameters:
+    """The neuron's numbers, learnt and fixed."""
+    learns = isinstance(self.v_th, nnx.Param)
+    return neurons.Parameters(
+      jax.nn.sigmoid(self.w[...]) if self.learn_decay else self.decay,
+      self.v_th[...] if learns else self.v_th,
+      self.f_c,
+      self.width,
+    )
 
   def set_view(self, use_running_average: bool | None = None):
     """For `nnx.view`.
