@@ -16,7 +16,7 @@ is not finite, its spikes are NaN.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,13 @@ class NeuronState(NamedTuple):
   Attributes:
     v: membrane potentials after the reset, [B, ...].
     t: the index of the next timestep, an int32 scalar.
+    spikes: of the last timestep, [B, ...], in layers with recurrent weights;
+      else None.
   """
 
   v: jax.Array
   t: jax.Array
+  spikes: jax.Array | None = None
 
 
 class Parameters(NamedTuple):
@@ -143,7 +146,7 @@ def at_rest(x: jax.Array) -> NeuronState:
   Returns:
     `NeuronState`, its membrane zero and at least float32.
   """
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  dtype = statistics.wide(x.dtype)
   return NeuronState(jnp.zeros_like(x, dtype), jnp.zeros((), jnp.int32))
 
 
@@ -222,6 +225,8 @@ def levels(method, measured, running, parameters, t):
   width = method.width(lax.stop_gradient(signal), parameters, t)
   return theta, signal, width
 
+
+Reset = Literal['hard', 'soft', 'subtract_after_decay']
 
 # The membrane after the reset, of u, what fired, theta and decay.
 RESETS = {

@@ -12,9 +12,11 @@ passed where a name is expected.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dsatgo_jax import threshold, width
+
+Rule = Callable[..., Any]
 
 
 class Method(NamedTuple):
@@ -27,10 +29,14 @@ class Method(NamedTuple):
       where it follows nothing.
   """
 
-  threshold: Callable
-  width: Callable
-  signal: Callable | None = None
+  threshold: Rule
+  width: Rule
+  signal: Rule | None = None
 
+
+Name = Literal[
+  'vanilla', 'at', 'tgo', 'ds_atgo', 'mpd_agl', 'learnable_threshold'
+]
 
 METHODS = {
   'vanilla': Method(threshold.fixed, width.fixed),
@@ -48,9 +54,9 @@ _SIGNALS = {'theta': None, 'sigma': width.deviation}
 
 
 def get(
-  method: str | Method,
-  distribution: str | Callable = 'true',
-  width_signal: str | Callable = 'theta',
+  method: Name | Method,
+  distribution: Literal['true', 'estimated'] | Rule = 'true',
+  width_signal: Literal['theta', 'sigma'] | Rule = 'theta',
 ) -> Method:
   """The rules of a method.
 
