@@ -20,6 +20,7 @@ from dsatgo_jax import (
   losses,
   methods,
   neurons,
+  recurrent,
   statistics,
   surrogate,
   tdbn,
@@ -223,6 +224,7 @@ FUNCTIONS = {
   'surrogate.straight_through': lambda x: surrogate.straight_through(
     surrogate.arctan
   )(x, 0.9),
+  'surrogate.scaled': lambda x: surrogate.scaled('arctan', 0.5)(x, 0.9),
   'surrogate.custom': lambda x: surrogate.custom(lambda x, w: w - x)(x, 0.9),
   'statistics.measure': statistics.measure,
   'statistics.moments': statistics.moments,
@@ -248,6 +250,10 @@ FUNCTIONS = {
   'width.mpd_agl': of_rule(width.mpd_agl),
   'neurons.run': neurons.run,
   'neurons.step': lambda x: neurons.step(None, x),
+  'recurrent.run': lambda x: recurrent.run(
+    x, kernel=x[0, 0, :, None] * x[0, 0]
+  ),
+  'recurrent.integrate': recurrent.integrate,
   'layers.layer': of_layer,
   'neurons.sequence': neurons.sequence,
   'dynamics.at_rest': dynamics.at_rest,
@@ -255,6 +261,9 @@ FUNCTIONS = {
   'tdbn.affine': lambda x: tdbn.affine(*tdbn.measure(x), x[0, 0], 0.5)(x),
   'tdbn.layer': lambda x: tdbn.layer(
     x, tdbn.measure(x), use_running_average=False
+  ),
+  'tdbn.scale_and_bias': lambda x: tdbn.scale_and_bias(
+    x, None, x[0, 0], 0.7, False
   ),
   'tdbn.unbiased': lambda x: tdbn.unbiased(tdbn.measure(x)[1], x),
   'losses.prediction': losses.prediction,
@@ -274,6 +283,8 @@ FUNCTIONS = {
   'linen.SpikingNeuron': of_linen(
     linen.SpikingNeuron(), use_running_average=False
   ),
+  'linen.SpikingRNN': of_linen(linen.SpikingRNN(), use_running_average=False),
+  'linen.LeakyIntegrator': of_linen(linen.LeakyIntegrator()),
   'linen.SpikingCell': of_linen(
     linen.nn.RNN(
       linen.SpikingCell(use_running_average=False),
@@ -283,6 +294,10 @@ FUNCTIONS = {
   ),
   'nnx.TdBatchNorm': of_nnx(lambda: snnx.TdBatchNorm(5)),
   'nnx.SpikingNeuron': of_nnx(lambda: snnx.SpikingNeuron(num_steps=3)),
+  'nnx.SpikingRNN': of_nnx(
+    lambda: snnx.SpikingRNN(5, num_steps=3, rngs=nnx.Rngs(0))
+  ),
+  'nnx.LeakyIntegrator': of_nnx(snnx.LeakyIntegrator),
   'nnx.SpikingCell': of_nnx(
     lambda: nnx.RNN(snnx.SpikingCell(num_steps=3), time_major=True)
   ),
@@ -291,16 +306,22 @@ FUNCTIONS = {
 OF_SETTINGS = {
   'methods.get',
   'neurons.arrays',
+  'neurons.check_fits',
+  'neurons.check_state',
   'neurons.check_positive',
   'layers.check_shares',
   'layers.averaged',
   'layers.initial_average',
   'layers.initial_carry',
   'neurons.logit',
+  'surrogate.get',
+  'layers.resize_time',
   'layers.shared_time',
+  'layers.typed_call',
   'layers.static',
   'devices.axis_size',
   'statistics.floating',
+  'statistics.wide',
   'devices.warn_if_not_pooled',
   'tdbn.mask_of',
   'threshold.is_measured',
@@ -316,7 +337,7 @@ PARTS = {
 def test_no_public_function_is_forgotten():
   modules = (
     surrogate, statistics, devices, threshold, width, methods, dynamics,
-    neurons, layers, tdbn, losses, time_axis, linen, snnx,
+    neurons, recurrent, layers, tdbn, losses, time_axis, linen, snnx,
   )  # fmt: skip
   public = {
     f'{module.__name__.rpartition(".")[2]}.{name}'
@@ -325,7 +346,7 @@ def test_no_public_function_is_forgotten():
     if callable(value)
     and str(getattr(value, '__module__', '')).startswith(module.__name__)
     if not name.startswith('_') and not hasattr(value, '_fields')
-    if name not in ('Histogram', 'Membrane', 'Probe')  # Kinds of variables.
+    if name not in ('Call', 'Histogram', 'Membrane', 'Probe')  # Types.
   }
   assert public == FUNCTIONS.keys() | OF_SETTINGS | PARTS
 

@@ -1,0 +1,125 @@
+"""Layers with dynamics of their own: recurrent weights, and a leaky readout.
+
+u[t] = decay * v[t-1] + x[t] + s[t-1] @ kernel     neurons, `run`
+v[t] = decay * v[t-1] + x[t]                       no spikes, `integrate`
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsatgo_jax import methods, neurons, statistics, tdbn
+from dsatgo_jax.dynamics import (
+  NeuronState,
+  Parameters,
+  Record,
+  at_rest,
+  presynaptic,
+)
+
+_OF_RUN = 'fused', 'probes'
+
+
+def run(
+  x: jax.Array,
+  parameters: Parameters = Parameters(),  # noqa: B008, a constant
+  method: methods.Name | methods.Method = 'ds_atgo',
+  *,
+  kernel: jax.Array,
+  state: NeuronState | None = None,
+  running: neurons.Running | None = None,
+  mask=None,
+  **settings,
+) -> tuple[jax.Array, NeuronState, Record]:
+  """`neurons.run` of neurons whose spikes come back a timestep later.
+
+  Args:
+    x: pre-synaptic input from elsewhere, [T, B, ..., C].
+    parameters: the neurons' numbers.
+    method: a name of `methods.METHODS`, or a `methods.Method`.
+    kernel: weights from the spikes to the next membranes, [C, C].
+    state: the state to go on from; None for neurons at rest.
+    running: running averages of x's timesteps, [T]: inference.
+    mask: [T, B] or [B], whether an example is real; None for all of it.
+    **settings: those of `neurons.step`; `fused` and `probes`, which
+      `neurons.run` has besides, change nothing.
+
+  Returns:
+    As `neurons.run`; the state holds the last spikes, too.
+
+  Raises:
+    ValueError: the kernel does not fit x, or what `neurons.run` raises.
+  """
+  x = neurons.sequence(x)
+  channels = x.shape[-1:]
+  if kernel.shape != channels * 2:
+    raise ValueError(
+      f'Expected a recurrent kernel {list(channels * 2)} for x of shape '
+      f'{x.shape}, got {list(kernel.shape)}.'
+    )
+  dtype = statistics.floating(settings.get('dtype') or x.dtype)
+  state = state or at_rest(x[0])
+  spikes = state.spikes
+  if spikes is None:
+    spikes = jnp.zeros_like(x[0], dtype)
+  numbers = neurons.arrays(parameters, statistics.wide(x.dtype, state.v.dtype))
+  x, parameters = presynaptic(x, numbers), parameters._replace(norm=None)
+  settings = {k: v for k, v in settings.items() if k not in _OF_RUN}
+  settings['dtype'] = dtype
+
+  def step(carry, inputs):
+    state, spikes = carry
+    x, running, mask = inputs
+    back = spikes @ kernel.astype(dtype)
+    spikes, state, happened = neurons.step(
+      state, x + back.astype(x.dtype), parameters, method,
+      running=running, mask=mask, **settings,
+    )  # fmt: skip
+    return (state, spikes), (spikes, happened)
+
+  inputs = x, running, tdbn.mask_of(x, mask)
+  carry = state._replace(spikes=None), spikes
+  (state, last), (spikes, happened) = lax.scan(step, carry, inputs)
+  return spikes, state._replace(spikes=last), happened
+
+
+def integrate(
+  x: jax.Array,
+  decay: Any = 0.9,
+  *,
+  state: NeuronState | None = None,
+  dtype=None,
+) -> tuple[jax.Array, NeuronState]:
+  """Membranes that leak and do not fire: a readout.
+
+  Args:
+    x: pre-synaptic input, [T, B, ...]; integers are taken as float32.
+    decay: the share of the membrane that is retained; a number, or an array
+      that broadcasts against x[0].
+    state: the state to go on from; None for membranes at rest.
+    dtype: of the membranes that are returned; None for x's. Inside they are at
+      least float32.
+
+  Returns:
+    The membranes [T, B, ...], and the state after the last timestep.
+
+  Raises:
+    ValueError: x has no batch axis or is complex, or decay or state do not fit
+      it.
+  """
+  x = neurons.sequence(x)
+  neurons.check_fits(x, decay=decay)
+  state = at_rest(x[0]) if state is None else state
+  neurons.check_state(x, state)
+  dtype = statistics.floating(dtype or x.dtype)
+  wide = statistics.wide(x.dtype, state.v.dtype)
+  decay = jnp.asarray(decay, wide)
+
+  def step(v, x):
+    v = decay * v + x.astype(wide)
+    return v, v.astype(dtype)
+
+  v, membranes = lax.scan(step, state.v.astype(wide), x, unroll=len(x) <= 16)
+  return membranes, NeuronState(v, state.t + len(x))
