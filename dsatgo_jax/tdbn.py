@@ -150,9 +150,8 @@ def affine(mean, variance, scale, bias, epsilon=1e-5) -> Affine:
   Returns:
     `Affine`.
   """
-  gain = lax.rsqrt(variance + epsilon)
-  gain *= scale.astype(statistics.wide(scale.dtype, gain.dtype))
-  return Affine(mean, gain, bias)
+  scale = scale.astype(statistics.wide(scale.dtype, variance.dtype))
+  return Affine(mean, scale * lax.rsqrt(variance + epsilon), bias)
 
 
 def scale_and_bias(
