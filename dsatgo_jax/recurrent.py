@@ -1,7 +1,10 @@
 """Layers with dynamics of their own: recurrent weights, and a leaky readout.
 
-u[t] = decay * v[t-1] + x[t] + s[t-1] @ kernel     neurons, `run`
-v[t] = decay * v[t-1] + x[t]                       no spikes, `integrate`
+Neurons whose spikes come back, `run`, and membranes that do not fire,
+`integrate`:
+
+    u[t] = decay * v[t-1] + x[t] + s[t-1] @ kernel
+    v[t] = decay * v[t-1] + x[t]
 """
 
 from typing import Any
@@ -60,12 +63,13 @@ def run(
       f'{x.shape}, got {list(kernel.shape)}.'
     )
   dtype = statistics.floating(settings.get('dtype') or x.dtype)
-  state = state or at_rest(x[0])
+  state = jax.tree.map(jnp.asarray, at_rest(x[0]) if state is None else state)
   spikes = state.spikes
   if spikes is None:
     spikes = jnp.zeros_like(x[0], dtype)
-  numbers = neurons.arrays(parameters, statistics.wide(x.dtype, state.v.dtype))
-  x, parameters = presynaptic(x, numbers), parameters._replace(norm=None)
+  wide = statistics.wide(x.dtype, state.v.dtype)
+  x = presynaptic(x, neurons.arrays(parameters, wide))
+  parameters = parameters._replace(norm=None)
   settings = {k: v for k, v in settings.items() if k not in _OF_RUN}
   settings['dtype'] = dtype
 
@@ -80,7 +84,7 @@ def run(
     return (state, spikes), (spikes, happened)
 
   inputs = x, running, tdbn.mask_of(x, mask)
-  carry = state._replace(spikes=None), spikes
+  carry = NeuronState(state.v.astype(wide), state.t), spikes.astype(dtype)
   (state, last), (spikes, happened) = lax.scan(step, carry, inputs)
   return spikes, state._replace(spikes=last), happened
 
@@ -111,7 +115,7 @@ def integrate(
   """
   x = neurons.sequence(x)
   neurons.check_fits(x, decay=decay)
-  state = at_rest(x[0]) if state is None else state
+  state = jax.tree.map(jnp.asarray, at_rest(x[0]) if state is None else state)
   neurons.check_state(x, state)
   dtype = statistics.floating(dtype or x.dtype)
   wide = statistics.wide(x.dtype, state.v.dtype)

@@ -99,6 +99,17 @@ def test_variables_of_another_number_of_timesteps(num_steps):
     snn.resize_time(variables, 0)
 
 
+def test_an_rnn_over_another_number_of_timesteps():
+  x = normal(5, 4, 3)
+  expected, _ = linen(beyond='hold')[0](x, True)
+  cell = snn.SpikingCell(use_running_average=True)
+  rnn = snn.nn.RNN(cell, time_major=True, variable_axes={'batch_stats': 0})
+  variables = {name: {'cell': tree} for name, tree in linen()[1].items()}
+  with pytest.raises(ValueError, match='different leading axis sizes: 3, 5'):
+    rnn.apply(variables, x)
+  equal(rnn.apply(snn.resize_time(variables, 5), x), expected)
+
+
 def test_a_cell_holds_its_last_threshold():
   x = normal(5, 4, 3)
   expected, _ = linen(beyond='hold')[0](x, True)
