@@ -44,6 +44,7 @@ def get_config():
       'width': 1.0,
       'threshold': 'true',
       'width_signal': 'theta',
+      'surrogate': 'rectangular',  # A name of dsatgo_jax.surrogate.
       'reset': 'hard',
       'detach_reset': False,
       'momentum': 0.9,

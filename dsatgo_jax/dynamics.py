@@ -16,7 +16,7 @@ is not finite, its spikes are NaN.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +35,14 @@ class NeuronState(NamedTuple):
     t: the index of the next timestep, an int32 scalar.
     theta: the threshold in force at the last timestep, `v_th` at first. None
       stays None where no rule asks for it, and is `v_th` to one that does.
+    memory: what a `recurrent.Feedback` carries, its last spikes [B, ...] and a
+      tree of its own; else None.
   """
 
   v: jax.Array
   t: jax.Array
   theta: Any = None
+  memory: Any = None
 
 
 class Parameters(NamedTuple):
@@ -154,7 +157,7 @@ def at_rest(
   Returns:
     `NeuronState`, its membrane zero and at least float32, its threshold `v_th`.
   """
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  dtype = statistics.wide(x.dtype)
   theta = level_at_rest(method.threshold, parameters, method.measure, x)
   return NeuronState(
     jnp.zeros_like(x, dtype), jnp.zeros((), jnp.int32), theta.astype(dtype)
@@ -162,18 +165,20 @@ def at_rest(
 
 
 def level_at_rest(rule, parameters, measure, x):
-  """`v_th`, in the shape of what a rule gives for x [B, ...]."""
+  """`v_th`, or its mean, in the shape of what a rule gives for x [B, ...]."""
   v_th = jnp.asarray(parameters.v_th)
-  dtype = jnp.promote_types(v_th.dtype, jnp.float32)
+  dtype = statistics.wide(v_th.dtype)
   scalar = jax.ShapeDtypeStruct((), dtype)
   measured = statistics.Statistics(scalar, scalar)
   if measure is not statistics.measure:
-    u = jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, dtype))
+    u = jax.ShapeDtypeStruct(x.shape, statistics.wide(x.dtype, dtype))
     measured = jax.eval_shape(lambda u: measure(u, ()), u)
-  before = (v_th,) * threshold.follows(rule)
   if not is_measured(rule):
     measured = None
+  before = (v_th,) * threshold.follows(rule)
   level = jax.eval_shape(rule, measured, parameters, jnp.int32(0), *before)
+  if np.broadcast_shapes(v_th.shape, level.shape) != level.shape:
+    v_th = jnp.mean(v_th)
   # Always an array of its own, that can be donated.
   return jnp.zeros(level.shape, dtype) + v_th
 
@@ -269,6 +274,8 @@ def levels(method, measured, running, parameters, t, previous=None):
   width = method.width(lax.stop_gradient(signal), parameters, t)
   return theta, signal, width
 
+
+Reset = Literal['hard', 'soft', 'subtract_after_decay']
 
 # The membrane after the reset, of u, what fired, theta and decay.
 RESETS = {

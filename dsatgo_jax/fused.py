@@ -75,8 +75,9 @@ def _backward(settings, residuals, cotangents):
     functools.partial(xla.vary_like, x), (parameters, probes)
   )
   decay, kept = parameters.decay, x.dtype
+  g_last = g_spikes[-1].astype(g_v.dtype) + g_v
   x, pull_x = jax.vjp(
-    dynamics.presynaptic, xla.late(x, g_spikes[-1] + g_v, measured), parameters
+    dynamics.presynaptic, xla.late(x, g_last, measured), parameters
   )
   known = (dynamics.timesteps(t, x), running, measured, theta)
   known = [jax.tree.map(lambda a: a[i], known) for i in range(len(x))]  # noqa: B023
@@ -104,7 +105,7 @@ def _backward(settings, residuals, cotangents):
     Last, dv/du, if it is asked for.
     """
     # Late, so that u is not kept from `forth` either.
-    u = decay * v + xla.late(x, g_spikes + g_v, measured)
+    u = decay * v + xla.late(x, g_spikes.astype(g_v.dtype) + g_v, measured)
 
     def by_path(parameters, *u):
       return fire(u if probes else 3 * u, parameters, known)

@@ -6,6 +6,7 @@ NNX's layers alike.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.nn import initializers
@@ -17,7 +18,7 @@ kaiming_normal = initializers.variance_scaling(2, 'fan_out', 'normal')
 dense_kernel = initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
-def dense_bias(fan_in: int) -> Callable:
+def dense_bias(fan_in: int) -> Callable[..., Any]:
   """Uniform within `1 / sqrt(fan_in)`, as PyTorch starts its dense layers.
 
   Args:

@@ -5,11 +5,13 @@ settings and states as modules and recurrent cells have them.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from dsatgo_jax import methods, statistics, tdbn, threshold
 from dsatgo_jax.dynamics import (
@@ -21,8 +23,10 @@ from dsatgo_jax.dynamics import (
 )
 from dsatgo_jax.neurons import arrays, run, sequence
 
+Tree = TypeVar('Tree')
 
-def averaged(method: methods.Method) -> dict[str, Callable]:
+
+def averaged(method: methods.Method) -> dict[str, Callable[..., Any]]:
   """The rules of which a method keeps running averages, by `Running`'s names.
 
   Args:
@@ -41,13 +45,15 @@ def averaged(method: methods.Method) -> dict[str, Callable]:
 
 
 def initial_average(
-  rule: Callable,
+  rule: methods.Rule,
   parameters: Parameters,
   lead: tuple[int, ...],
   x: jax.Array | jax.ShapeDtypeStruct,
-  measure: Callable = statistics.measure,
+  measure: Callable[..., Any] = statistics.measure,
 ) -> jax.Array:
   """A running average before training: `v_th` [eq 6].
+
+  The mean of `v_th` where that has more numbers than the rule gives.
 
   Args:
     rule: what is averaged.
@@ -77,6 +83,8 @@ def layer(
   momentum: float,
   mask=None,
   record: Sequence[str] = (),
+  beyond: str = 'error',
+  run: Callable[..., Any] = run,
   **settings,
 ) -> tuple[jax.Array, NeuronState, dict[str, dict], Running]:
   """`run`, and the running averages kept: what Linen's and NNX's modules do.
@@ -93,6 +101,9 @@ def layer(
     momentum: the share of the old averages that is kept [eq 6].
     mask: [T, B] or [B]; None for no mask.
     record: which of `COLLECTIONS` to fill.
+    beyond: 'hold' allows any number of timesteps: the last running value goes
+      on, and fewer timesteps take the first ones. 'error' does not.
+    run: `neurons.run`, or a function that does what it does.
     **settings: further arguments of `run`.
 
   Returns:
@@ -109,12 +120,22 @@ def layer(
   # Of an empty batch nothing is learnt.
   use_running_average = use_running_average or 0 in x.shape
   start = 0 if whole or state is None else state.t
-  _check_length(x, start, num_steps, whole)
+  if beyond not in ('error', 'hold'):
+    raise ValueError(f"Expected beyond to be 'error' or 'hold', got {beyond=}.")
+  held = None
+  if beyond == 'hold' and num_steps is not None:
+    held = num_steps - 1
+    whole = whole and x.shape[0] == num_steps
+  else:
+    _check_length(x, start, num_steps, whole)
   times = start + np.arange(x.shape[0], dtype=np.int32)
   here = running
   if not whole:
+    found = times
+    if held is not None:
+      found = jnp.where(times < _APART, jnp.minimum(times, held), times)
     here = jax.tree.map(
-      lambda a: a.at[times].get(mode='fill', fill_value=jnp.nan), running
+      lambda a: a.at[found].get(mode='fill', fill_value=jnp.nan), running
     )
   mask = tdbn.mask_of(x, mask)
   spikes, state, happened = run(
@@ -162,6 +183,41 @@ def layer(
   return spikes, state, told, running
 
 
+class Call(Protocol):
+  """What `SpikingNeuron(...)(x, ...)` gives, to type checkers."""
+
+  @overload
+  def __call__(
+    self,
+    x: ArrayLike,
+    use_running_average: bool | None = None,
+    *,
+    mask: ArrayLike | None = None,
+    state: NeuronState | None = None,
+    return_state: Literal[False] = False,
+    tdbn_scale: ArrayLike | None = None,
+    norm: tdbn.Affine | None = None,
+  ) -> jax.Array: ...
+
+  @overload
+  def __call__(
+    self,
+    x: ArrayLike,
+    use_running_average: bool | None = None,
+    *,
+    mask: ArrayLike | None = None,
+    state: NeuronState | None = None,
+    return_state: Literal[True],
+    tdbn_scale: ArrayLike | None = None,
+    norm: tdbn.Affine | None = None,
+  ) -> tuple[jax.Array, NeuronState]: ...
+
+
+def typed_call(method: Callable[..., Any]) -> Call:
+  """A module's `__call__` as it is, by its type for type checkers."""
+  return cast(Call, method)
+
+
 # Where the modules put what happened, and the part of the `Record` it is.
 COLLECTIONS = {
   'spiking': 'activity',
@@ -199,13 +255,40 @@ def _like(mask, x):
   return lax.expand_dims(mask, range(mask.ndim, x.ndim))
 
 
+def resize_time(variables: Tree, num_steps: int) -> Tree:
+  """Variables for another number of timesteps than they were trained with.
+
+  Args:
+    variables: of Linen modules, or an NNX state: `nnx.update(model,
+      resize_time(nnx.state(model), num_steps))`. Of them the running thresholds
+      and signals, [T, ...], change: the last is repeated, or later ones go.
+    num_steps: the new T.
+
+  Returns:
+    The same tree; modules with `num_steps` have to be built anew for it.
+
+  Raises:
+    ValueError: `num_steps` is not positive.
+  """
+  if num_steps < 1:
+    raise ValueError(f'Expected num_steps >= 1, got {num_steps=}.')
+
+  def resized(path, leaf):
+    name = jax.tree_util.keystr(path)
+    if not any(f'running_{kind}' in name for kind in Running._fields):
+      return leaf
+    return leaf[np.minimum(np.arange(num_steps), len(leaf) - 1)]
+
+  return jax.tree_util.tree_map_with_path(resized, variables)
+
+
 def initial_carry(
   shape: tuple[int, ...],
   dtype,
   param_dtype,
   parameters: Parameters,
   method: methods.Method,
-  init: Callable | None = None,
+  init: Callable[..., Any] | None = None,
 ) -> NeuronState:
   """A cell's state before the first timestep.
 
@@ -303,7 +386,9 @@ def _check_length(x, start, num_steps, whole):
     raise ValueError(
       'This neuron was built for so many timesteps (num_steps, or its running '
       f'values): expected T = {num_steps} in all, got x with T = {x.shape[0]}'
-      f'{begin}, of shape {x.shape}. x is [T, B, ...], time first.'
+      f'{begin}, of shape {x.shape}. x is [T, B, ...], time first. For another '
+      "T, beyond='hold' lets the last running value go on, and "
+      'resize_time(variables, num_steps) makes variables of it.'
     )
 
 

@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsatgo_jax import statistics
+
 
 def prediction(logits: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   """What the network says: the mean of the logits over time [eq 8].
@@ -198,7 +200,7 @@ def rmp(u: Any, theta: Any, mask: jax.Array | None = None) -> jax.Array:
 
 def _at_least_float32(x):
   x = jnp.asarray(x)
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return x.astype(statistics.wide(x.dtype))
 
 
 def _over_examples(x, mask, name):
@@ -246,7 +248,7 @@ def _checked(logits, mask):
     raise ValueError(
       f'Expected a mask [T, B] of shape {logits.shape[:2]}, got {mask.shape=}.'
     )
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = logits.astype(statistics.wide(logits.dtype))
   return logits if mask is None else jnp.where(mask[..., None], logits, 0)
 
 

@@ -17,9 +17,11 @@ passed where a name is expected.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dsatgo_jax import quantile, statistics, tdbn, threshold, width
+
+Rule = Callable[..., Any]
 
 
 class Method(NamedTuple):
@@ -36,11 +38,23 @@ class Method(NamedTuple):
       masked. The statistics pass no gradient.
   """
 
-  threshold: Callable
-  width: Callable
-  signal: Callable | None = None
-  measure: Callable = statistics.measure
+  threshold: Rule
+  width: Rule
+  signal: Rule | None = None
+  measure: Callable[..., Any] = statistics.measure
 
+
+Name = Literal[
+  'vanilla',
+  'at',
+  'tgo',
+  'ds_atgo',
+  'mpd_agl',
+  'learnable_threshold',
+  'ds_atgo_per_channel',
+  'quantile',
+  'moving',
+]
 
 _MOVING = threshold.moving(0.5)
 
@@ -73,9 +87,9 @@ _SIGNALS = {'theta': None, 'sigma': width.deviation}
 
 
 def get(
-  method: str | Method,
-  distribution: str | Callable = 'true',
-  width_signal: str | Callable = 'theta',
+  method: Name | Method,
+  distribution: Literal['true', 'estimated'] | Rule = 'true',
+  width_signal: Literal['theta', 'sigma'] | Rule = 'theta',
 ) -> Method:
   """The rules of a method.
 

@@ -6,7 +6,7 @@ these functions compile at the first call with the same shapes and settings.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ from dsatgo_jax import (
   dynamics,
   methods,
   statistics,
-  surrogate,
   tdbn,
   threshold,
   width,
   xla,
 )
 from dsatgo_jax import fused as fused_scan
+from dsatgo_jax import surrogate as surrogates
 from dsatgo_jax.dynamics import (
   PATHS,
   RECORDS,
@@ -36,6 +36,7 @@ from dsatgo_jax.dynamics import (
 from dsatgo_jax.dynamics import NeuronState as NeuronState
 from dsatgo_jax.dynamics import Parameters as Parameters
 from dsatgo_jax.dynamics import Record as Record
+from dsatgo_jax.dynamics import Reset as Reset
 from dsatgo_jax.dynamics import Running as Running
 from dsatgo_jax.dynamics import at_rest as at_rest
 from dsatgo_jax.probes import SUMS, zeros
@@ -45,12 +46,12 @@ def step(
   state: NeuronState | None,
   x: jax.Array,
   parameters: Parameters = Parameters(),  # noqa: B008, a constant
-  method: str | methods.Method = 'ds_atgo',
+  method: methods.Name | methods.Method = 'ds_atgo',
   *,
   running: Running | None = None,
   mask=None,
-  surrogate: Callable = surrogate.rectangular,
-  reset: str = 'hard',
+  surrogate: surrogates.Name | surrogates.Spike = 'rectangular',
+  reset: Reset = 'hard',
   detach_reset: bool = False,
   cut: Sequence[str] = (),
   axis_name=None,
@@ -67,7 +68,7 @@ def step(
     running: running averages of this timestep, scalars: inference. None
       measures this batch: training.
     mask: [B], whether an example is real; None for all of them.
-    surrogate: see the module of that name.
+    surrogate: a name of `surrogate.SURROGATES`, or a function like them.
     reset: 'hard', 'soft' or 'subtract_after_decay'.
     detach_reset: whether the reset passes no gradient to the spike.
     cut: ways of the gradient into u, of 'spatial', 'leak' and 'reset', that
@@ -105,13 +106,13 @@ def step(
 def run(
   x: jax.Array,
   parameters: Parameters = Parameters(),  # noqa: B008, a constant
-  method: str | methods.Method = 'ds_atgo',
+  method: methods.Name | methods.Method = 'ds_atgo',
   *,
   state: NeuronState | None = None,
   running: Running | None = None,
   mask=None,
-  surrogate: Callable = surrogate.rectangular,
-  reset: str = 'hard',
+  surrogate: surrogates.Name | surrogates.Spike = 'rectangular',
+  reset: Reset = 'hard',
   detach_reset: bool = False,
   cut: Sequence[str] = (),
   axis_name=None,
@@ -135,7 +136,7 @@ def run(
       this batch: training.
     mask: [T, B] or [B], whether an example is real at a timestep; None for all
       of them.
-    surrogate: see the module of that name.
+    surrogate: a name of `surrogate.SURROGATES`, or a function like them.
     reset: 'hard', 'soft' or 'subtract_after_decay'.
     detach_reset: whether the reset passes no gradient to the spike.
     cut: ways of the gradient into u, of 'spatial', 'leak' and 'reset', that
@@ -161,8 +162,9 @@ def run(
   Raises:
     ValueError: x has no batch axis or is complex; a parameter does not
       broadcast against x[0], or must be positive and is not; running averages,
-      state or mask do not fit x; an unknown method or reset, a dtype that is
-      not floating point, or a single neuron in all, which has no deviation.
+      state or mask do not fit x; an unknown method, surrogate or reset, a dtype
+      that is not floating point, or a single neuron in all, which has no
+      deviation.
   """
   x = sequence(x)
   if reset not in RESETS:
@@ -175,9 +177,9 @@ def run(
     record = record * ('activity',)
   method = methods.get(method)
   settings = Settings(
-    method, surrogate, reset, _chosen('cut', cut, PATHS), axis_name,
-    statistics.floating(dtype or x.dtype), _chosen('record', record, RECORDS),
-    state is None,
+    method, surrogates.get(surrogate), reset, _chosen('cut', cut, PATHS),
+    axis_name, statistics.floating(dtype or x.dtype),
+    _chosen('record', record, RECORDS), state is None,
   )  # fmt: skip
   probes = dict(probes or {})
   for name, probe in probes.items():
@@ -187,10 +189,8 @@ def run(
         f'{shape}, got shape {probe.shape}.'
       )
   state = jax.tree.map(jnp.asarray, state)
-  if state is not None and state.v.shape != x.shape[1:]:
-    raise ValueError(
-      f'Expected a state for x[0] of shape {x.shape[1:]}, got {state.v.shape=}.'
-    )
+  if state is not None:
+    check_state(x, state)
   parameters = _checked(
     parameters, method, reset, x, (x if state is None else state.v).dtype
   )
@@ -216,7 +216,7 @@ def run(
   if running is None:
     devices.warn_if_not_pooled(axis_name, x)
   if fused is None:
-    fused = not getattr(surrogate, 'forward_mode', False)
+    fused = not getattr(settings.surrogate, 'forward_mode', False)
   fused &= 0 not in x.shape  # An empty batch needs no saving.
   return _run(
     settings,
@@ -300,13 +300,7 @@ def sequence(x) -> jax.Array:
 
 def _checked(parameters, method, reset, x, dtype):
   """The parameters as arrays of the membrane's dtype: x's and the state's."""
-  for name in _NUMBERS:
-    value = getattr(parameters, name)
-    if not _fits(value, x[0]):
-      raise ValueError(
-        f'Expected {name} to be a number, or an array that broadcasts against '
-        f'x[0] of shape {x.shape[1:]}, got shape {np.shape(value)}.'
-      )
+  check_fits(x, **{name: getattr(parameters, name) for name in _NUMBERS})
   positive = {'f_c': parameters.f_c, 'width': parameters.width}
   if method.threshold is not threshold.learnable:  # It goes where it will.
     positive['v_th'] = parameters.v_th
@@ -318,7 +312,7 @@ def _checked(parameters, method, reset, x, dtype):
     check_positive(
       **{'the mean of tdbn_scale': None if scale is None else np.mean(scale)}
     )
-  return arrays(parameters, jnp.promote_types(x.dtype, dtype))
+  return arrays(parameters, statistics.wide(x.dtype, dtype))
 
 
 _NUMBERS = ('decay', 'v_th', 'f_c', 'width')
@@ -326,11 +320,29 @@ _NUMBERS = ('decay', 'v_th', 'f_c', 'width')
 
 def arrays(parameters, dtype):
   """All numbers as arrays, at least float32."""
-  dtype = jnp.promote_types(dtype or jnp.float32, jnp.float32)
+  dtype = statistics.wide(dtype or jnp.float32)
   numbers = {name: jnp.asarray(getattr(parameters, name)) for name in _NUMBERS}
   return jax.tree.map(
     lambda p: jnp.asarray(p, dtype), parameters._replace(**numbers)
   )
+
+
+def check_fits(x, **values):
+  """Raises a `ValueError` for a number that does not broadcast against x[0]."""
+  for name, value in values.items():
+    if not _fits(value, x[0]):
+      raise ValueError(
+        f'Expected {name} to be a number, or an array that broadcasts against '
+        f'x[0] of shape {x.shape[1:]}, got shape {np.shape(value)}.'
+      )
+
+
+def check_state(x, state):
+  """Raises a `ValueError` for a state of other membranes than x[0]'s."""
+  if state.v.shape != x.shape[1:]:
+    raise ValueError(
+      f'Expected a state for x[0] of shape {x.shape[1:]}, got {state.v.shape=}.'
+    )
 
 
 def _fits(value, x):

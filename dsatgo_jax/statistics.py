@@ -4,6 +4,7 @@ One scalar each per layer and timestep, over all axes of the batch, pooled over
 devices by `axis_name`; no gradient flows through either.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ def count(x: jax.Array, per: int = 0, mask=None):
   each = math.prod(x.shape[first : x.ndim - per])
   if mask is None:
     return each
-  return each * jnp.sum(mask, dtype=jnp.promote_types(x.dtype, jnp.float32))
+  return each * jnp.sum(mask, dtype=wide(x.dtype))
 
 
 def nonzero(count):
@@ -263,11 +264,11 @@ def sums(terms: tuple[jax.Array, ...], per: int = 0) -> tuple[jax.Array, ...]:
 
   def in_pairs(*terms):
     # Each reduction takes a GPU several kernels; of a complex number, too.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide(x.dtype)
     single, pairs = terms[: len(terms) % 2], terms[len(terms) % 2 :]
     total = [jnp.sum(term, axes) for term in single]
     for pair in zip(pairs[::2], pairs[1::2], strict=True):
-      both = jnp.sum(lax.complex(*(term.astype(wide) for term in pair)), axes)
+      both = jnp.sum(lax.complex(*(term.astype(dtype) for term in pair)), axes)
       total += [both.real.astype(x.dtype), both.imag.astype(x.dtype)]
     return tuple(total)
 
@@ -336,6 +337,19 @@ def share(a: jax.Array, axis_name=None, mask=None, dtype=jnp.float32):
     return lax.pmean(total / number, axis_name)
   total, number = lax.psum((total, number), axis_name)
   return total / nonzero(number)
+
+
+def wide(*dtypes) -> jnp.dtype:
+  """What numbers of these dtypes are computed in: at least float32.
+
+  Args:
+    *dtypes: anything that names one.
+
+  Returns:
+    The widest; under strict promotion, too, since it is meant.
+  """
+  with jax.numpy_dtype_promotion('standard'):
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype('float32'))
 
 
 def floating(dtype) -> jnp.dtype:

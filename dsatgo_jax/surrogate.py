@@ -20,9 +20,12 @@ surrogate and not the bare step. For `jax.jvp`, see `straight_through`.
 
 import functools
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+
+Spike = Callable[..., Any]
 
 # Beyond this many widths every density is zero to float32's precision, and
 # its square is still finite.
@@ -49,7 +52,7 @@ def _backward(gradient, residuals, cotangent):
 _step.defvjp(_forward, _backward)
 
 
-def custom(gradient: Callable) -> Callable:
+def custom(gradient: Spike) -> Spike:
   """Makes a surrogate of its derivative.
 
   Args:
@@ -70,7 +73,7 @@ def custom(gradient: Callable) -> Callable:
   return spike
 
 
-def _unit_area(density: Callable) -> Callable:
+def _unit_area(density: Spike) -> Spike:
   """`custom` of `density(x / width) / width`."""
 
   def gradient(x, width):
@@ -121,7 +124,69 @@ def fast_sigmoid(z):
   return 1 / (1 + 2 * jnp.abs(z)) ** 2
 
 
-def straight_through(spike) -> Callable:
+Name = Literal['rectangular', 'triangular', 'sigmoid', 'arctan', 'fast_sigmoid']
+
+SURROGATES: dict[str, Spike] = {
+  spike.__name__: spike
+  for spike in (rectangular, triangular, sigmoid, arctan, fast_sigmoid)
+}
+
+
+def get(surrogate: Name | Spike) -> Spike:
+  """The surrogate that a setting names.
+
+  Args:
+    surrogate: a name of `SURROGATES`, or a function `spike(x, width)`, which is
+      returned unchanged.
+
+  Returns:
+    A function `spike(x, width)`.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  if callable(surrogate):
+    return surrogate
+  if surrogate not in SURROGATES:
+    raise ValueError(
+      'Expected surrogate to be a function or one of '
+      f'{", ".join(map(repr, SURROGATES))}, got {surrogate=}.'
+    )
+  return SURROGATES[surrogate]
+
+
+def scaled(spike: Name | Spike, scale: float) -> Spike:
+  """A surrogate with its derivative multiplied: an area other than one.
+
+  Of libraries whose derivative peaks at the same height whatever its width.
+
+  Args:
+    spike: a surrogate of this module, one made by `custom`, or a name.
+    scale: a number, the area.
+
+  Returns:
+    A function of the same signature, the same one for the same arguments.
+  """
+  return _scaled(get(spike), float(scale))
+
+
+@functools.cache
+def _scaled(spike, scale):
+  gradient = functools.partial(_times, spike, scale)
+  scaled = functools.partial(_spike, gradient)
+  scaled.gradient = gradient  # type: ignore[attr-defined]
+  return scaled
+
+
+def _times(spike, scale, x, width):
+  return scale * spike.gradient(x, width)
+
+
+def _spike(gradient, x, width):
+  return _step(gradient, x, width)
+
+
+def straight_through(spike: Name | Spike) -> Spike:
   """The same surrogate for forward mode: `jax.jvp`, `jax.hessian`.
 
   Equal to `stop_gradient(H(x)) + (S(x) - stop_gradient(S(x)))` with S an
@@ -130,12 +195,12 @@ def straight_through(spike) -> Callable:
   Layers of neurons that are given it leave their scan to autodiff.
 
   Args:
-    spike: one of this module's surrogates, or one made by `custom`.
+    spike: a surrogate of this module, one made by `custom`, or a name.
 
   Returns:
     A function of the same signature.
   """
-  twin = functools.partial(_twin, spike)
+  twin = functools.partial(_twin, get(spike))
   twin.forward_mode = True  # type: ignore[attr-defined]
   return twin
 

@@ -30,7 +30,7 @@ def measure(
     Mean and variance [C], at least float32.
   """
   devices.warn_if_not_pooled(axis_name, x)
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  x = x.astype(statistics.wide(x.dtype))
   channels = jax.P(*jax.typeof(x).sharding.spec[-1:])
   pooled = xla.automatic(functools.partial(_pooled, axis_name), channels)
   return pooled(x, mask)
@@ -153,8 +153,9 @@ class Affine(NamedTuple):
 
   def __call__(self, x):
     """`(x - mean) * gain + bias`, in the promoted dtype of all."""
-    mean, gain, bias = (_per(a, x) for a in self)
-    return (x - mean) * gain + bias
+    dtype = statistics.wide(x.dtype, *(a.dtype for a in self))
+    mean, gain, bias = (_per(a.astype(dtype), x) for a in self)
+    return (x.astype(dtype) - mean) * gain + bias
 
 
 def affine(mean, variance, scale, bias, epsilon=1e-5) -> Affine:
@@ -170,7 +171,36 @@ def affine(mean, variance, scale, bias, epsilon=1e-5) -> Affine:
   Returns:
     `Affine`.
   """
+  scale = scale.astype(statistics.wide(scale.dtype, variance.dtype))
   return Affine(mean, scale * lax.rsqrt(variance + epsilon), bias)
+
+
+def scale_and_bias(
+  x, scale, bias, factor, factored: bool
+) -> tuple[jax.Array, jax.Array]:
+  """What `affine` takes, of what a layer learns of it.
+
+  Args:
+    x: what is normalised, [..., C].
+    scale: [C], or None for one that is not learnt and stays at `factor`.
+    bias: [C], or None for 0.
+    factor: `alpha * v_th`.
+    factored: whether a learnt scale has `factor` outside of it.
+
+  Returns:
+    Scale and bias, [C]; the bias in the dtype of what is learnt, else of x.
+  """
+  learnt = [a for a in (scale, bias) if a is not None]
+  if bias is None:
+    dtype = learnt[0].dtype if learnt else x.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+      dtype = jnp.float32
+    bias = jnp.zeros(x.shape[-1:], dtype)
+  if scale is None:
+    scale = jnp.full(x.shape[-1:], factor, statistics.wide(bias.dtype))
+  elif factored:
+    scale = factor * scale
+  return scale, bias
 
 
 def unbiased(variance, x, repeats=1, axis_name=None, mask=None) -> jax.Array:

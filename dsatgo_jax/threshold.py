@@ -14,12 +14,13 @@ without gradient.
 
 import functools
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def unmeasured(rule):
+def unmeasured(rule: Any) -> Any:
   """Marks a rule that does not read the statistics."""
   rule.measured = False
   return rule
@@ -43,7 +44,7 @@ def follows(rule) -> bool:
   )
 
 
-def adaptive(statistics, parameters, t):
+def adaptive(statistics: Any, parameters: Any, t: Any) -> Any:
   """True distribution: `f_c * (mean + std)` [eq 5, second line].
 
   Of a constant membrane, zero input's too, it is `f_c` times that constant: all
@@ -54,7 +55,7 @@ def adaptive(statistics, parameters, t):
 
 
 @unmeasured
-def estimated(statistics, parameters, t):
+def estimated(statistics: Any, parameters: Any, t: Any) -> Any:
   """Estimated distribution [eq 5, first line], without a gradient to decay.
 
   `f_c * sqrt(1 + decay ** 2) * v_th`.
@@ -65,14 +66,14 @@ def estimated(statistics, parameters, t):
 
 
 @unmeasured
-def fixed(statistics, parameters, t):
+def fixed(statistics: Any, parameters: Any, t: Any) -> Any:
   """The base value `v_th` at all timesteps."""
   del statistics, t
   return jax.lax.stop_gradient(parameters.v_th)
 
 
 @unmeasured
-def learnable(statistics, parameters, t):
+def learnable(statistics: Any, parameters: Any, t: Any) -> Any:
   """One `v_th` a layer, trained by gradient with the weights.
 
   `ds/dtheta = -ds/du`; the DIET-SNN, LTMD and LT-SNN family.

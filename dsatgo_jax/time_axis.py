@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def repeat_in_time(x: jax.Array, num_steps: int) -> jax.Array:
   return jnp.broadcast_to(x, (num_steps, *x.shape))
 
 
-def fold_time(layer: Callable) -> Callable:
+def fold_time(layer: Callable[..., Any]) -> Callable[..., jax.Array]:
   """Lets a layer without dynamics see time as a part of the batch.
 
   Args:
@@ -49,7 +50,9 @@ def fold_time(layer: Callable) -> Callable:
   return folded
 
 
-def batch_major(layer: Callable, x: jax.Array, num_axes: int) -> jax.Array:
+def batch_major(
+  layer: Callable[..., Any], x: jax.Array, num_axes: int
+) -> jax.Array:
   """Applies a layer that folds all leading axes, the batch before time.
 
   A batch that is sharded stays where it is: [B * T] can be split along B over
@@ -70,7 +73,9 @@ def batch_major(layer: Callable, x: jax.Array, num_axes: int) -> jax.Array:
   return jnp.moveaxis(layer(jnp.moveaxis(x, batch, 0)), 0, batch)
 
 
-def over_leading_axes(pool: Callable) -> Callable:
+def over_leading_axes(
+  pool: Callable[..., Any],
+) -> Callable[..., jax.Array]:
   """Lets a pooling of Flax's take any number of axes before the window's.
 
   Args:

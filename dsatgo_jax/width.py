@@ -6,23 +6,25 @@ The signal is itself a rule of the statistics (see `threshold`): the adaptive
 threshold in the paper, the deviation in the authors' program.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 
-def deviation(statistics, parameters, t):
+def deviation(statistics: Any, parameters: Any, t: Any) -> Any:
   """The width signal of the authors' program: the membrane's deviation."""
   del parameters, t
   return statistics.std
 
 
-def fixed(signal, parameters, t):
+def fixed(signal: Any, parameters: Any, t: Any) -> Any:
   """The base value, `kappa_0`, at all timesteps."""
   del signal, t
   return parameters.width
 
 
-def threshold_driven(signal, parameters, t):
+def threshold_driven(signal: Any, parameters: Any, t: Any) -> Any:
   """TGO [eq 7]: `kappa_0 * (1 + tanh(signal - v_th))`, which stays positive.
 
   Far below `v_th` the sum would round to zero; it is at least one `eps`.
@@ -32,7 +34,7 @@ def threshold_driven(signal, parameters, t):
   return parameters.width * jnp.maximum(factor, jnp.finfo(factor.dtype).eps)
 
 
-def mpd_agl(signal, parameters, t):
+def mpd_agl(signal: Any, parameters: Any, t: Any) -> Any:
   """MPD-AGL (Jiang et al., IJCAI 2025): the width of tdBN's distribution.
 
   `2 * gamma * v_th` at the first timestep, then `sqrt(1 + decay ** 2)` times

@@ -461,7 +461,9 @@ def test_files_that_are_not_state_dicts(tmp_path):
       command.read(tmp_path / name)
   with pytest.raises(ValueError, match='expected to write .*FILE.npz, got'):
     command.write(tmp_path / 'none' / 'FILE.npz', {})
-  with pytest.raises(ValueError, match='expected a run with a checkpoint in'):
+  with pytest.raises(
+    ValueError, match='expected a run with a latest checkpoint in'
+  ):
     command.to_torch(tmp_path / 'FILE.npz', tmp_path)
 
 

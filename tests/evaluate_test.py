@@ -1,9 +1,14 @@
 """What an evaluation adds where asked: gradients and energy."""
 
+import pathlib
+import re
+
+import chex
 import jax
 import numpy as np
 import pytest
 
+import train
 from dsatgo_jax.analysis import energy
 from tests import tiny
 from train import checkpoints, evaluate, loop
@@ -31,6 +36,47 @@ def restored(workdir):
   variables = {name: state[name] for name in ('params', 'batch_stats')}
   model = step_lib.create_model(tiny.config(), 3)
   return model, variables, images, arrays['y_test']
+
+
+def test_a_trained_network_in_three_lines(workdir):
+  """As the README shows it."""
+  model, variables, images, _ = restored(workdir)
+  expected = model.apply(variables, images)
+  text = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
+  block = re.search(r'```python\n(import train\n.*?)```', text, re.DOTALL)[1]
+  raw = np.load(workdir / 'data.npz')['x_test'][..., None] / 255
+  namespace = {'images': np.float32(raw)}
+  exec(block.replace('runs/digits', str(workdir)), namespace)
+  np.testing.assert_allclose(namespace['logits'], expected, 1e-5, 1e-5)
+
+
+def test_any_state_that_is_kept_can_be_loaded(workdir):
+  state, _ = checkpoints.restore(workdir)
+  best, _ = checkpoints.restore(workdir, 'best')
+  for which, expected in (
+    ('best', best),
+    (int(state['step']), state),
+    (int(best['step']), best),
+  ):
+    model, variables, config = train.load(workdir, which)
+    chex.assert_trees_all_equal(variables['params'], expected['params'])
+    assert config.num_classes == model.num_classes == 3
+  with pytest.raises(
+    ValueError, match=r"'latest', 'best' or .*18\), got 'old'"
+  ):
+    train.load(workdir, 'old')
+  with pytest.raises(ValueError, match=r'or a step .*18\), got 7'):
+    train.load(workdir, 7)
+  with pytest.raises(ValueError, match='with a latest checkpoint in .*nowhere'):
+    train.load(workdir / 'nowhere')
+
+
+def test_another_t_than_the_one_trained(workdir):
+  whole = evaluate.evaluate(workdir)['layers']['conv0']
+  for num_steps in 1, 4:
+    found = evaluate.evaluate(workdir, num_steps=num_steps)['layers']['conv0']
+    expected = [*whole['theta'], *2 * whole['theta'][-1:]][:num_steps]
+    np.testing.assert_allclose(found['theta'], expected, rtol=1e-6)
 
 
 def test_gradients_of_a_batch_that_is_spread_over_the_split(workdir):

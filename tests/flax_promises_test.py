@@ -320,6 +320,65 @@ def test_initializers_of_ones_own(factored):
     assert scale.std() > 0 and abs(scale).max() < 0.1 and (bias == 1).all()
 
 
+@pytest.mark.parametrize('use_scale', [False, True])
+@pytest.mark.parametrize('use_bias', [False, True])
+@pytest.mark.parametrize('factored', [False, True])
+def test_scale_and_bias_can_be_left_out(use_scale, use_bias, factored):
+  """As of `BatchNorm`, with the constant deviation in the place of 1."""
+  used = {'use_scale': use_scale, 'use_bias': use_bias}
+  settings = used | {'alpha': 0.5, 'factored': factored}
+  ours, theirs = snn.TdBatchNorm(False, **settings), nn.BatchNorm(False, **used)
+  neuron = snn.SpikingNeuron(use_running_average=False)
+  for x in normal(2, 3, 4), normal(2, 3, 4).astype(jnp.bfloat16):
+    variables = ours.init(KEY, x)
+    expected, _ = theirs.init_with_output(KEY, x)
+    kept = variables.get('params', {}).keys()
+    assert kept == theirs.init(KEY, x).get('params', {}).keys()
+    y, _ = ours.apply(variables, x, mutable=['batch_stats'])
+    assert y.dtype == expected.dtype
+    if x.dtype == 'float32':
+      close(y, 0.5 * expected)
+    module = snnx.TdBatchNorm(4, **settings)
+    equal(module(x), y)
+    assert {k for k in ('scale', 'bias') if getattr(module, k) is not None} == (
+      set(kept)
+    )
+    affine, _ = ours.apply(
+      variables, x, mutable=['batch_stats'], method='affine'
+    )
+    spikes, _ = neuron.init_with_output(KEY, x, norm=affine)
+    apart, _ = neuron.init_with_output(KEY, affine(x).astype(x.dtype))
+    assert (spikes == apart).mean() > 0.9
+
+
+@pytest.mark.parametrize('factored', [False, True])
+def test_mpd_agl_behind_a_scale_that_is_not_learnt(factored):
+  """Gamma is what the scale would start at."""
+  x = normal(2, 3, 4)
+  norm = snn.TdBatchNorm(False, alpha=0.5, factored=factored)
+  scale = norm.init(KEY, x)['params']['scale']
+  neuron = snn.SpikingNeuron('mpd_agl', use_running_average=False)
+
+  def gradient(norm, scale):
+    def loss(x):
+      affine, _ = norm.init_with_output(KEY, x, method='affine')
+      return neuron.init_with_output(KEY, x, norm=affine, tdbn_scale=scale)[
+        0
+      ].sum()
+
+    return jax.grad(loss)(x)
+
+  close(
+    gradient(norm.clone(use_scale=False), jnp.full(4, 1 if factored else 0.5)),
+    gradient(norm, scale),
+  )
+
+
+def test_a_residual_gain_starts_at_zero():
+  module = snnx.TdBatchNorm(4, scale_init=nnx.initializers.zeros)
+  equal(module(normal(2, 3, 4)), jnp.zeros((2, 3, 4)))
+
+
 def test_parameters_can_be_partitioned():
   init = nn.with_partitioning(nn.initializers.ones, ('model',))
   norm = snn.TdBatchNorm(False, scale_init=init, bias_init=init)

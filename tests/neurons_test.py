@@ -704,6 +704,9 @@ def test_what_is_averaged_and_where_it_starts():
   parameters, x = Parameters(v_th=0.5, f_c=(1.0, 0.9)), jnp.ones((4, 2))
   average = layers.initial_average(threshold.adaptive, parameters, (3,), x)
   chex.assert_trees_all_equal(average, jnp.full((3, 2), 0.5))
+  parameters = Parameters(v_th=np.array([0.25, 0.75]))
+  average = layers.initial_average(threshold.adaptive, parameters, (3,), x)
+  chex.assert_trees_all_equal(average, jnp.full(3, 0.5))
   average = layers.initial_average(width.deviation, parameters, (), x)
   chex.assert_trees_all_equal(average, jnp.float32(0.5))
 

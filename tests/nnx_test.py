@@ -46,6 +46,8 @@ SETTINGS = [
   {'method': 'ds_atgo', 'learn_decay': False, 'momentum': 0.5},
   {'method': 'mpd_agl', 'v_th': 0.5},
   {'method': 'learnable_threshold', 'v_th': 0.7},
+  {'decay': np.linspace(0.1, 0.8, 5), 'v_th': np.linspace(0.5, 1, 5)},
+  {'method': 'learnable_threshold', 'v_th': np.linspace(0.5, 1, 4)[:, None]},
 ]
 
 
@@ -54,7 +56,7 @@ def test_equals_linen(settings):
   """Spikes, running values, state and gradients, in training and inference."""
   x, weights = normal(2, 3, 4, 5)
   inputs = {'x': x}
-  if settings['method'] == 'mpd_agl':
+  if settings.get('method') == 'mpd_agl':
     inputs['tdbn_scale'] = jnp.linspace(0.5, 1.5, 5)
   ours = snn.SpikingNeuron(num_steps=3, **settings)
   theirs = linen.SpikingNeuron(num_steps=3, **settings)
@@ -284,6 +286,15 @@ def test_a_mask():
     kept = [pure(module, nnx.BatchStat) for module in (norm, neuron)]
     results.append((spikes[mask], kept))
   close(*results)
+
+
+def test_settings_are_shown_by_name():
+  for shown in (
+    repr(snn.SpikingNeuron(num_steps=3)),
+    repr(linen.SpikingNeuron()),
+  ):
+    assert "surrogate='rectangular'" in shown.replace(' = ', '=')
+    assert ' at 0x' not in shown
 
 
 def test_capture_tells_what_happened_inside():

@@ -138,12 +138,6 @@ LIBRARIES = {
 }
 
 
-def scaled(name, factor):
-  """A surrogate of the library with its derivative multiplied."""
-  gradient = getattr(surrogate, name).gradient
-  return surrogate.custom(lambda x, width: factor * gradient(x, width))
-
-
 def compare(row, x, cotangent, fused=True):
   """Asserts that spikes and gradients are those of the row's library."""
   there, decay, scaled_x, reset, detach_reset, spikes_there = row
@@ -158,7 +152,7 @@ def compare(row, x, cotangent, fused=True):
       eval(code(scaled_x), known),
       neurons.Parameters(decay=known['decay'], width=width),
       'vanilla',
-      surrogate=scaled(name, factor),
+      surrogate=surrogate.scaled(name, factor),
       reset=eval(code(reset)),
       detach_reset=eval(code(detach_reset)),
       fused=fused,
@@ -249,7 +243,7 @@ def test_surrogate(row, value):
   x = np.linspace(-3, 3, 1001)  # Not on the edges of a window.
   spikes, gradient = surrogate_there(there, values, x)
   width, factor = (eval(code(cell), dict(values)) for cell in (width, factor))
-  ours = factor * getattr(surrogate, code(name)).gradient(x, width)
+  ours = surrogate.scaled(code(name), factor).gradient(x, width)
   assert np.max(gradient) > 0
   np.testing.assert_allclose(ours, gradient, rtol=1e-12, atol=1e-13)
   if spikes is not None:

@@ -21,6 +21,7 @@ from dsatgo_jax import (
   methods,
   neurons,
   quantile,
+  recurrent,
   statistics,
   surrogate,
   tdbn,
@@ -226,6 +227,7 @@ FUNCTIONS = {
   'surrogate.straight_through': lambda x: surrogate.straight_through(
     surrogate.arctan
   )(x, 0.9),
+  'surrogate.scaled': lambda x: surrogate.scaled('arctan', 0.5)(x, 0.9),
   'surrogate.custom': lambda x: surrogate.custom(lambda x, w: w - x)(x, 0.9),
   'statistics.measure': statistics.measure,
   'statistics.moments': statistics.moments,
@@ -253,6 +255,10 @@ FUNCTIONS = {
   'width.mpd_agl': of_rule(width.mpd_agl),
   'neurons.run': neurons.run,
   'neurons.step': lambda x: neurons.step(None, x),
+  'recurrent.run': lambda x: recurrent.run(
+    x, feedback=recurrent.weights(x[0, 0, :, None] * x[0, 0])
+  ),
+  'recurrent.integrate': recurrent.integrate,
   'layers.layer': of_layer,
   'neurons.sequence': neurons.sequence,
   'dynamics.at_rest': dynamics.at_rest,
@@ -261,6 +267,9 @@ FUNCTIONS = {
   'tdbn.affine': lambda x: tdbn.affine(*tdbn.measure(x), x[0, 0], 0.5)(x),
   'tdbn.layer': lambda x: tdbn.layer(
     x, tdbn.measure(x), use_running_average=False
+  ),
+  'tdbn.scale_and_bias': lambda x: tdbn.scale_and_bias(
+    x, None, x[0, 0], 0.7, False
   ),
   'tdbn.unbiased': lambda x: tdbn.unbiased(tdbn.measure(x)[1], x),
   'losses.prediction': losses.prediction,
@@ -280,6 +289,8 @@ FUNCTIONS = {
   'linen.SpikingNeuron': of_linen(
     linen.SpikingNeuron(), use_running_average=False
   ),
+  'linen.SpikingRNN': of_linen(linen.SpikingRNN(), use_running_average=False),
+  'linen.LeakyIntegrator': of_linen(linen.LeakyIntegrator()),
   'linen.SpikingCell': of_linen(
     linen.nn.RNN(
       linen.SpikingCell(use_running_average=False),
@@ -289,6 +300,10 @@ FUNCTIONS = {
   ),
   'nnx.TdBatchNorm': of_nnx(lambda: snnx.TdBatchNorm(5)),
   'nnx.SpikingNeuron': of_nnx(lambda: snnx.SpikingNeuron(num_steps=3)),
+  'nnx.SpikingRNN': of_nnx(
+    lambda: snnx.SpikingRNN(5, num_steps=3, rngs=nnx.Rngs(0))
+  ),
+  'nnx.LeakyIntegrator': of_nnx(snnx.LeakyIntegrator),
   'nnx.SpikingCell': of_nnx(
     lambda: nnx.RNN(snnx.SpikingCell(num_steps=3), time_major=True)
   ),
@@ -297,6 +312,8 @@ FUNCTIONS = {
 OF_SETTINGS = {
   'methods.get',
   'neurons.arrays',
+  'neurons.check_fits',
+  'neurons.check_state',
   'neurons.check_positive',
   'layers.check_shares',
   'layers.averaged',
@@ -305,10 +322,17 @@ OF_SETTINGS = {
   'neurons.logit',
   'layers.of_all',
   'layers.of_examples',
+  'recurrent.adapting',
+  'recurrent.current',
+  'recurrent.weights',
+  'surrogate.get',
+  'layers.resize_time',
   'layers.shared_time',
+  'layers.typed_call',
   'layers.static',
   'devices.axis_size',
   'statistics.floating',
+  'statistics.wide',
   'devices.warn_if_not_pooled',
   'tdbn.mask_of',
   'threshold.follows',
@@ -329,7 +353,7 @@ PARTS = {
 def test_no_public_function_is_forgotten():
   modules = (
     surrogate, statistics, devices, threshold, width, methods, dynamics,
-    neurons, layers, quantile, tdbn, losses, time_axis, linen, snnx,
+    neurons, recurrent, layers, quantile, tdbn, losses, time_axis, linen, snnx,
   )  # fmt: skip
   public = {
     f'{module.__name__.rpartition(".")[2]}.{name}'
@@ -338,7 +362,7 @@ def test_no_public_function_is_forgotten():
     if callable(value)
     and str(getattr(value, '__module__', '')).startswith(module.__name__)
     if not name.startswith('_') and not hasattr(value, '_fields')
-    if name not in ('Histogram', 'Membrane', 'Probe')  # Kinds of variables.
+    if name not in ('Call', 'Histogram', 'Membrane', 'Probe')  # Types.
   }
   assert public == FUNCTIONS.keys() | OF_SETTINGS | PARTS
 

@@ -76,3 +76,13 @@ def test_a_resumed_run_may_differ_in_what_is_free_or_new():
   settings.check_unchanged(info, 'config', now)
   settings.check_unchanged(info, 'config', now | {'num_classes': None})
   settings.check_unchanged({}, 'config', now)
+
+
+def test_a_run_older_than_a_surrogate_by_name_had_the_rectangular_one():
+  now = tiny.config().to_dict()
+  older = now | {'neuron': dict(now['neuron'])}
+  del older['neuron']['surrogate']
+  settings.check_unchanged({'config': older}, 'config', now)
+  now['neuron'] |= {'surrogate': 'arctan'}
+  with pytest.raises(ValueError, match="expected 'rectangular', got 'arctan'"):
+    settings.check_unchanged({'config': older}, 'config', now)

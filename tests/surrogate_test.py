@@ -1,5 +1,7 @@
 """Surrogates: Heaviside forward, `g(x / width) / width` backward."""
 
+import typing
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
-from dsatgo_jax import surrogate
+from dsatgo_jax import linen, models, neurons, nnx, surrogate
+from dsatgo_jax.analysis import bias
 from tests.reference_loop import DENSITIES
 
 SPIKES = {name: getattr(surrogate, name) for name in DENSITIES}
@@ -178,3 +181,51 @@ def test_custom_surrogate():
   assert expected != 0
   hessian = jax.hessian(lambda x: twin(x, 2.0) ** 2)(0.3)
   chex.assert_trees_all_close(hessian, expected, rtol=1e-4)
+
+
+# Names and scales.
+
+
+def test_every_surrogate_has_a_name():
+  assert surrogate.SURROGATES == SPIKES
+  assert typing.get_args(surrogate.Name) == tuple(surrogate.SURROGATES)
+  x = jnp.linspace(-2, 2, 24).reshape(3, 2, 4)
+  known = "'rectangular', .*'fast_sigmoid', got surrogate='atan'"
+  for run in (
+    neurons.run,
+    lambda x, surrogate: neurons.step(None, x, surrogate=surrogate),
+    lambda x, surrogate: linen.SpikingNeuron(surrogate=surrogate).init(
+      jax.random.key(0), x, True
+    ),
+    lambda x, surrogate: nnx.SpikingNeuron(num_steps=3, surrogate=surrogate)(x),
+    lambda x, surrogate: models.ConvNet(
+      surrogate=surrogate, num_steps=3, stages=((2,),)
+    ).init(jax.random.key(0), x[..., None, None].repeat(4, -2)),
+    lambda x, surrogate: globals()['surrogate'].scaled(surrogate, 2),
+    lambda x, surrogate: globals()['surrogate'].straight_through(surrogate),
+    lambda x, surrogate: bias.smooth(surrogate),
+  ):
+    with pytest.raises(ValueError, match=known):
+      run(x, surrogate='atan')
+
+
+def test_a_name_is_the_function():
+  x = jnp.linspace(-2, 2, 24).reshape(3, 2, 4)
+
+  def gradient(spike):
+    return jax.grad(lambda x: neurons.run(x, surrogate=spike)[0].sum())(x)
+
+  chex.assert_trees_all_equal(gradient('arctan'), gradient(surrogate.arctan))
+
+
+def test_a_scale_multiplies_the_derivative_alone():
+  x = np.linspace(-3, 3, 60)
+  spike = surrogate.scaled('fast_sigmoid', 0.08)
+  chex.assert_trees_all_equal(spike(x, 0.08), surrogate.sigmoid(x, 1.0))
+  with jax.enable_x64(True):  # snnTorch's fast_sigmoid(), Spyx's superspike().
+    slopes = slope(spike)(x, 0.08)
+  np.testing.assert_allclose(slopes, 1 / (1 + 25 * abs(x)) ** 2, rtol=1e-12)
+  assert surrogate.scaled(surrogate.fast_sigmoid, 0.08) is spike
+  forward = surrogate.straight_through(spike)
+  _, tangent = jax.jvp(lambda x: forward(x, 0.08), (x,), (np.ones(60),))
+  np.testing.assert_allclose(tangent, slopes, rtol=1e-4)

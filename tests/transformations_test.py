@@ -39,6 +39,7 @@ THINGS = {
   'surrogate.rectangular': surrogate.rectangular,
   'surrogate.arctan': surrogate.arctan,
   "a surrogate of one's own": gaussian,
+  'surrogate.scaled': surrogate.scaled('arctan', 0.5),
   'surrogate.straight_through': surrogate.straight_through(surrogate.arctan),
   'methods.METHODS': methods.METHODS,
   'linen.SpikingNeuron': linen.SpikingNeuron(surrogate=gaussian),

@@ -92,6 +92,47 @@ def restore(workdir, which='latest', repair=False):
   return None
 
 
+def expect(workdir, which='latest'):
+  """Returns the checkpoint that is asked for: what `restore` does.
+
+  Args:
+    workdir: of the run.
+    which: 'latest', 'best', or a step that is kept.
+
+  Raises:
+    ValueError: there is no such checkpoint, or it is damaged.
+  """
+  if which in KEPT:
+    if found := restore(workdir, which):
+      return found
+    raise ValueError(
+      f'expected a run with a {which} checkpoint in {workdir}, got none'
+    )
+  kept = {kind: steps(workdir, kind) for kind in KEPT}
+  for kind in KEPT:
+    if which in kept[kind]:
+      with manager(workdir, kind, tidy=False) as open_manager:
+        try:
+          return _read(open_manager, which)
+        except Exception as error:  # What Orbax raises depends on what was hit.
+          path = directory(workdir, kind) / str(which)
+          raise ValueError(
+            f'expected an intact checkpoint in {path}, got {repr(error)[:200]}'
+          ) from error
+  told = ', '.join(map(str, sorted({*kept['latest'], *kept['best']})))
+  raise ValueError(
+    f'expected {", ".join(map(repr, KEPT))} or a step that is kept in '
+    f'{workdir} ({told or "there is none"}), got {which!r}'
+  )
+
+
+def steps(workdir, which):
+  """Returns the steps of the `'latest'` or `'best'` checkpoints."""
+  folder = directory(workdir, which)
+  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  return [int(name) for name in names if name.isdigit()]
+
+
 def checksum(state, info):
   """CRC-32 of a dict of arrays, names, dtypes and shapes, and of `info`."""
   crc = zlib.crc32(json.dumps(info, sort_keys=True).encode())

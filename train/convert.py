@@ -118,10 +118,7 @@ def to_torch(path, workdir):
   Raises:
     ValueError: there is none, or it is of another network.
   """
-  found = checkpoints.restore(workdir)
-  if not found:
-    raise ValueError(f'expected a run with a checkpoint in {workdir}, got none')
-  state, _ = found
+  state, _ = checkpoints.expect(workdir)
   variables = {name: state[name] for name in ('params', 'batch_stats')}
   write(path, convert.to_torch(variables))
 

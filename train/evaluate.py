@@ -12,7 +12,6 @@ import json
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from train import augment, checkpoints, command, data, metrics, settings, watch
 from train import step as step_lib
@@ -28,6 +27,11 @@ DATA_PATH = flags.DEFINE_string(
   'data_path',
   None,
   'An .npz file of other data; for the test split, x_test and y_test will do.',
+)
+NUM_STEPS = flags.DEFINE_integer(
+  'num_steps',
+  None,
+  'Another T than the one trained: past it the last threshold is held.',
 )
 FLOW = flags.DEFINE_bool(
   'flow', False, 'How gradients reach each layer at each timestep, too.'
@@ -45,6 +49,7 @@ def evaluate(
   data_path=None,
   flow=False,
   energy=False,
+  num_steps=None,
 ):
   """Returns loss, accuracy and activity of a checkpoint on a split.
 
@@ -55,19 +60,18 @@ def evaluate(
     data_path: of other data than the run's.
     flow: whether to add `gradient_flow` as 'flow'.
     energy: whether to add `energy_per_example` as 'energy'.
+    num_steps: another T than the run's; None for that.
 
   Raises:
     ValueError: no such checkpoint or split, or data that do not fit it.
   """
-  found = checkpoints.restore(workdir, checkpoint)
-  if not found:
-    raise ValueError(
-      f'expected a run with a {checkpoint} checkpoint in {workdir}, got none'
-    )
-  state, info = found
-  config, facts = ConfigDict(info['config']), info['data']
-  # Whatever the data are, the network takes them as it was trained to.
-  config.update({name: facts[name] for name in ('num_classes', 'mean', 'std')})
+  state, info = checkpoints.expect(workdir, checkpoint)
+  config, facts = settings.trained(info), info['data']
+  if num_steps:
+    config.num_steps = num_steps
+    config.neuron.beyond = 'hold'
+    if len(facts['example_shape']) == 4:  # Event frames.
+      facts['example_shape'][0] = num_steps
   if data_path:
     config.update(dataset='npz', data_path=data_path)
   # The run may have had other devices; what is too much is masked.
@@ -254,6 +258,7 @@ def main():
     DATA_PATH.value,
     FLOW.value,
     ENERGY.value,
+    NUM_STEPS.value,
   )
   if command.JSON.value:
     print(json.dumps(found))

@@ -5,6 +5,7 @@ import math
 
 import jax
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 CHOICES = {
   'cosine_per': ('step', 'epoch'),
@@ -30,6 +31,8 @@ FREE = (
   'config.data_dir', 'config.data_path', 'config.log_every',
   'config.num_workers', 'config.profile', 'config.watch_every',
 )  # fmt: skip
+# How runs went that are older than a field within a field.
+BEFORE = {'config.neuron.surrogate': 'rectangular'}
 
 
 def check(config):
@@ -77,6 +80,18 @@ def check(config):
     )
 
 
+def trained(info):
+  """Returns the config of a checkpoint's run.
+
+  Whatever the data are, the network takes them as it was trained to: classes,
+  mean and deviation are those of the run's data.
+  """
+  config = ConfigDict(info['config'])
+  facts = info['data']
+  config.update({name: facts[name] for name in ('num_classes', 'mean', 'std')})
+  return config
+
+
 def check_unchanged(info, key, value, otherwise='another workdir'):
   """Raises a `ValueError` naming what differs from the run of a checkpoint.
 
@@ -91,8 +106,9 @@ def check_unchanged(info, key, value, otherwise='another workdir'):
     for tree in ({**value, **info.get(key, {})}, value)
   )
   for name in expected | got:
-    if name not in FREE and expected.get(name) != got.get(name):
+    before, now = (t.get(name, BEFORE.get(name)) for t in (expected, got))
+    if name not in FREE and before != now:
       raise ValueError(
         f'{name} differs from the run in this workdir, expected '
-        f'{expected.get(name)!r}, got {got.get(name)!r}: choose {otherwise}'
+        f'{before!r}, got {now!r}: choose {otherwise}'
       )

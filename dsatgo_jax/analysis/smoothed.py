@@ -47,7 +47,9 @@ _INTEGRALS = {
 }
 
 
-def smooth(spike: Callable, integral: Callable | None = None) -> Callable:
+def smooth(
+  spike: surrogate.Name | surrogate.Spike, integral: Callable | None = None
+) -> Callable:
   """The twin of a surrogate that emits its antiderivative instead of spikes.
 
   Given to a neuron as its `surrogate`, it makes a smooth network whose exact
@@ -58,7 +60,7 @@ def smooth(spike: Callable, integral: Callable | None = None) -> Callable:
   share of outputs that are not zero.
 
   Args:
-    spike: a surrogate of `dsatgo_jax.surrogate`, or your own.
+    spike: a surrogate of `dsatgo_jax.surrogate`, or its name, or your own.
     integral: of your own, `integral(x, width)`: rises from 0 to 1, with
       `spike.gradient` as its derivative.
 
@@ -68,6 +70,7 @@ def smooth(spike: Callable, integral: Callable | None = None) -> Callable:
   Raises:
     ValueError: the surrogate is not one of the library's, and has no integral.
   """
+  spike = surrogate.get(spike)
   if integral is None:
     if spike not in _INTEGRALS:
       names = ', '.join(named.__name__ for named in _INTEGRALS)

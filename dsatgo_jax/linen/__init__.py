@@ -34,16 +34,23 @@ fixed, learnable, estimated and running thresholds leave it silent.
 
 from flax import linen as nn
 
+from dsatgo_jax.layers import resize_time
 from dsatgo_jax.linen.cell import SpikingCell
 from dsatgo_jax.linen.conv import Conv
 from dsatgo_jax.linen.neuron import SpikingNeuron
 from dsatgo_jax.linen.norm import TdBatchNorm
+from dsatgo_jax.linen.recurrent import (
+  FeedbackNeuron,
+  LeakyIntegrator,
+  SpikingRNN,
+)
 from dsatgo_jax.neurons import NeuronState
 from dsatgo_jax.time_axis import fold_time, over_leading_axes, repeat_in_time
 
 __all__ = [
-  'Conv', 'Dense', 'NeuronState', 'SpikingCell', 'SpikingNeuron', 'TdBatchNorm',
-  'avg_pool', 'fold_time', 'max_pool', 'repeat_in_time',
+  'Conv', 'Dense', 'FeedbackNeuron', 'LeakyIntegrator', 'NeuronState', 'SpikingCell',
+  'SpikingNeuron', 'SpikingRNN', 'TdBatchNorm', 'avg_pool', 'fold_time',
+  'max_pool', 'repeat_in_time', 'resize_time',
 ]  # fmt: skip
 
 Dense = nn.Dense

@@ -16,6 +16,9 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
 
       nn.RNN(cell, time_major=True, variable_axes={'batch_stats': 0})
 
+  Over another T than the one trained this takes `resize_time(variables, T)`;
+  without it JAX says that "scan got values with different leading axis sizes".
+
   Padding beyond the RNN's `seq_lengths` is in the statistics, since a cell does
   not see it; `SpikingNeuron(...)(x, mask=...)` leaves it out.
 

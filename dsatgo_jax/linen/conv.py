@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from dsatgo_jax import time_axis
@@ -10,16 +11,20 @@ from dsatgo_jax.initializers import kaiming_normal
 
 
 class Conv(nn.Conv):
-  """Flax's `Conv`, started by Kaiming's rule, of x with any leading axes.
+  """Flax's `Conv`, of x with any leading axes, started by Kaiming's rule.
 
-  [T, B, H, W, C] goes in as it is, and a batch that is sharded over devices
-  stays sharded; see `time_axis.batch_major`.
+  Attributes, parameters and results are those of `flax.linen.Conv`, except:
+
+  - `kernel_init` is `initializers.kaiming_normal`, of variance 2 / fan_out;
+    Flax's is LeCun's, of 1 / fan_in.
+  - x [T, B, H, W, C] is folded batch first, so that a batch that is sharded
+    over devices stays sharded; see `time_axis.batch_major`.
   """
 
   kernel_init: Any = kaiming_normal
 
   @nn.compact
-  def __call__(self, inputs):
+  def __call__(self, inputs: jax.Array) -> jax.Array:
     """Flax's, of inputs [..., B, *spatial, C]."""
     # One call to Flax, whose interceptors and captures see x as it came.
     layer = inspect.unwrap(nn.Conv.__call__).__get__(self)

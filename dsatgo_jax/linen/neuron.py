@@ -1,7 +1,7 @@
 """The layer of spiking neurons for Flax Linen."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ from dsatgo_jax import (
   methods,
   neurons,
   probes,
-  surrogate,
   tdbn,
   threshold,
 )
+from dsatgo_jax import surrogate as surrogates
 from dsatgo_jax.neurons import NeuronState
 
 
@@ -33,19 +33,23 @@ class SpikingNeuron(nn.Module):
     decay: the retained fraction of the membrane, in (0, 1) if learnt. Like
       `v_th`, `f_c` and `width` a number, or a tuple or array of numbers that
       broadcasts against x[0].
-    learn_decay: PLIF: `decay = sigmoid(w)`, one scalar `w` a layer for one
-      decay; else LIF.
-    v_th: the threshold's base value.
+    learn_decay: PLIF: `decay = sigmoid(w)`, w of decay's shape: one scalar a
+      layer for a number, one a channel for `np.full(channels, 0.2)`; else LIF.
+    v_th: the threshold's base value; `learnable_threshold` learns it, in its
+      shape.
     f_c: the firing-rate factor.
     width: the surrogate's base width, `kappa_0`.
     threshold: 'true' or 'estimated' distribution [eq 5], or a rule of your own.
     width_signal: 'theta' (the paper) or 'sigma' (the authors' program) [eq 7].
-    surrogate: see `dsatgo_jax.surrogate`.
+    surrogate: a name of `surrogate.SURROGATES`, or a function like them.
     reset: 'hard', 'soft' or 'subtract_after_decay'; see `dynamics`.
     detach_reset: whether the reset passes no gradient to the spike.
     cut: ways of the gradient into the membrane, of 'spatial', 'leak' and
       'reset', that pass none.
     momentum: the share of the running threshold that is kept [eq 6].
+    beyond: 'hold' allows another T than that of the running values: the last
+      one is held, and fewer timesteps take the first ones. See also
+      `resize_time`.
     axis_name: mapped axis over which the statistics are pooled. None under
       `pmap` or `shard_map` warns; () says that they are each device's own.
     fused: False leaves the scan to autodiff, which forward mode needs; None
@@ -54,7 +58,7 @@ class SpikingNeuron(nn.Module):
     param_dtype: of `w`, `v_th` and the running values (at least float32).
   """
 
-  method: str | methods.Method = 'ds_atgo'
+  method: methods.Name | methods.Method = 'ds_atgo'
   use_running_average: bool | None = None
   num_steps: int | None = None
   decay: Any = 0.2
@@ -62,13 +66,14 @@ class SpikingNeuron(nn.Module):
   v_th: Any = 1.0
   f_c: Any = 1.0
   width: Any = 1.0
-  threshold: str | Callable = 'true'
-  width_signal: str | Callable = 'theta'
-  surrogate: Callable = surrogate.rectangular
-  reset: str = 'hard'
+  threshold: Literal['true', 'estimated'] | methods.Rule = 'true'
+  width_signal: Literal['theta', 'sigma'] | methods.Rule = 'theta'
+  surrogate: surrogates.Name | surrogates.Spike = 'rectangular'
+  reset: neurons.Reset = 'hard'
   detach_reset: bool = False
   cut: Sequence[str] = ()
   momentum: float = 0.9
+  beyond: Literal['error', 'hold'] = 'error'
   axis_name: Any = None
   fused: bool | None = None
   dtype: Any = None
@@ -79,6 +84,7 @@ class SpikingNeuron(nn.Module):
       setattr(self, name, layers.static(getattr(self, name)))
     super().__post_init__()
 
+  @layers.typed_call
   def __call__(
     self,
     x,
@@ -180,10 +186,12 @@ class SpikingNeuron(nn.Module):
       method,
       neurons.Running(**running),
       num_steps=None if per_step else num_steps,
+      run=self._scan(x),
       state=state,
       whole=whole,
       use_running_average=use_running_average,
       momentum=self.momentum,
+      beyond=self.beyond,
       mask=mask,
       surrogate=self.surrogate,
       reset=self.reset,
@@ -209,6 +217,12 @@ class SpikingNeuron(nn.Module):
           value = value[0]
         self.sow(collection, name, value, reduce_fn=lambda _, new: new)
     return spikes, state
+
+  @nn.nowrap
+  def _scan(self, x):
+    """The function that runs the neurons over x."""
+    del x
+    return neurons.run
 
   def _probes(self, x, per_step):
     """The zeros in the collection `flow`, made where that is mutable."""

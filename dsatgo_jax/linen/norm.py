@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import ArrayLike
 
 from dsatgo_jax import neurons, statistics, tdbn
 
@@ -30,6 +32,9 @@ class TdBatchNorm(nn.Module):
     axis_name: mapped axis over which the batch is spread.
     dtype: of the output; None for the promoted one.
     param_dtype: of scale and bias.
+    use_bias: whether a bias is learnt; else it is 0.
+    use_scale: whether the scale is learnt; else it stays at `alpha * v_th`,
+      which `mpd_agl` then takes for `tdbn_scale` (1 if factored).
     scale_init: of the scale, in the place of its start above; to partition it,
       `nn.with_partitioning(nn.initializers.ones, ('model',))`.
     bias_init: of the bias.
@@ -45,10 +50,18 @@ class TdBatchNorm(nn.Module):
   axis_name: Any = None
   dtype: Any = None
   param_dtype: Any = jnp.float32
-  scale_init: Callable | None = None
-  bias_init: Callable = nn.initializers.zeros
+  use_bias: bool = True
+  use_scale: bool = True
+  scale_init: Callable[..., Any] | None = None
+  bias_init: Callable[..., Any] = nn.initializers.zeros
 
-  def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
+  def __call__(
+    self,
+    x: ArrayLike,
+    use_running_average: bool | None = None,
+    *,
+    mask: ArrayLike | None = None,
+  ) -> jax.Array:
     """Normalises x.
 
     Args:
@@ -70,7 +83,11 @@ class TdBatchNorm(nn.Module):
 
   @nn.compact
   def affine(
-    self, x, use_running_average: bool | None = None, *, mask=None
+    self,
+    x: ArrayLike,
+    use_running_average: bool | None = None,
+    *,
+    mask: ArrayLike | None = None,
   ) -> tdbn.Affine:
     """Measures x, and leaves it to `SpikingNeuron(...)(x, norm=...)`.
 
@@ -93,9 +110,12 @@ class TdBatchNorm(nn.Module):
     start = self.scale_init or nn.initializers.constant(
       1.0 if self.factored else factor
     )
-    scale = self.param('scale', start, shape, self.param_dtype)
-    bias = self.param('bias', self.bias_init, shape, self.param_dtype)
-    running_dtype = jnp.promote_types(self.param_dtype, jnp.float32)
+    scale = bias = None
+    if self.use_scale:
+      scale = self.param('scale', start, shape, self.param_dtype)
+    if self.use_bias:
+      bias = self.param('bias', self.bias_init, shape, self.param_dtype)
+    running_dtype = statistics.wide(self.param_dtype)
     running = [
       self.variable('batch_stats', name, fill, shape, running_dtype)
       for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))
@@ -113,6 +133,5 @@ class TdBatchNorm(nn.Module):
     if active and not use_running_average:
       for r, value in zip(running, new, strict=True):
         r.value = value
-    if self.factored:
-      scale = factor * scale
-    return tdbn.affine(mean, variance, scale, bias, self.epsilon)
+    learnt = tdbn.scale_and_bias(x, scale, bias, factor, self.factored)
+    return tdbn.affine(mean, variance, *learnt, self.epsilon)

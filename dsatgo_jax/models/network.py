@@ -2,22 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsatgo_jax import initializers, methods, neurons, surrogate
+from dsatgo_jax import initializers, methods, neurons
 from dsatgo_jax import linen as snn
+from dsatgo_jax import surrogate as surrogates
 
 
 class Parts(NamedTuple):
   """Makers of layers, with the network's settings filled in."""
 
-  conv: Callable
-  dense: Callable
-  norm: Callable
-  neuron: Callable
+  conv: Callable[..., Any]
+  dense: Callable[..., Any]
+  norm: Callable[..., Any]
+  neuron: Callable[..., Any]
 
 
 class Network(nn.Module):
@@ -26,6 +27,8 @@ class Network(nn.Module):
   Attributes:
     num_classes: K.
     num_steps: T.
+    readout: 'mean', the dense layer's outputs are the logits, whose mean is the
+      prediction; or 'leaky', a `LeakyIntegrator` goes over them.
     alpha: tdBN's deviation of the pre-synaptic input, in thresholds.
     axis_name: mapped axis over which all statistics are pooled.
     dtype: of the computation; membranes and statistics are at least float32.
@@ -34,19 +37,21 @@ class Network(nn.Module):
 
   num_classes: int = 10
   num_steps: int = 2
-  method: str | methods.Method = 'ds_atgo'
+  method: methods.Name | methods.Method = 'ds_atgo'
   decay: float = 0.2
   learn_decay: bool = True
   v_th: float = 1.0
   f_c: float = 1.0
   width: float = 1.0
-  threshold: str | Callable = 'true'
-  width_signal: str | Callable = 'theta'
-  surrogate: Callable = surrogate.rectangular
-  reset: str = 'hard'
+  threshold: Literal['true', 'estimated'] | methods.Rule = 'true'
+  width_signal: Literal['theta', 'sigma'] | methods.Rule = 'theta'
+  surrogate: surrogates.Name | surrogates.Spike = 'rectangular'
+  reset: neurons.Reset = 'hard'
   detach_reset: bool = False
   cut: Sequence[str] = ()
   momentum: float = 0.9
+  beyond: Literal['error', 'hold'] = 'error'
+  readout: Literal['mean', 'leaky'] = 'mean'
   alpha: float = 1.0
   axis_name: Any = None
   fused: bool | None = None
@@ -85,10 +90,22 @@ class Network(nn.Module):
         detach_reset=self.detach_reset,
         cut=self.cut,
         momentum=self.momentum,
+        beyond=self.beyond,
         fused=self.fused,
         **shared,
       ),
     )
+
+  @nn.nowrap
+  def read_out(self, x):
+    """The logits [T, B, K] of the last layer's outputs."""
+    if self.readout not in ('mean', 'leaky'):
+      raise ValueError(
+        f"Expected readout to be 'mean' or 'leaky', got {self.readout!r}."
+      )
+    if self.readout == 'mean':
+      return x
+    return snn.LeakyIntegrator(param_dtype=self.param_dtype, name='readout')(x)
 
   def static_steps(self, x) -> int | None:
     """`num_steps` for images [B, H, W, C], None for frames [T, B, H, W, C]."""
@@ -113,7 +130,7 @@ class Spiking(nn.Module):
       tdBN see it once, with the same result. None for an input with time.
   """
 
-  layer: Callable
+  layer: Callable[..., Any]
   parts: Parts
   num_steps: int | None = None
 

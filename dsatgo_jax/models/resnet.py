@@ -76,7 +76,8 @@ class ResNet19(Network):
     x = jnp.mean(x, axis=(-3, -2))
     head = partial(parts.dense, self.head_width, use_bias=False)
     x = Spiking(head, parts, name='head')(x, mask)
-    return parts.dense(self.num_classes, use_bias=False, name='classifier')(x)
+    x = parts.dense(self.num_classes, use_bias=False, name='classifier')(x)
+    return self.read_out(x)
 
 
 class SEWResNet18(Network):
@@ -104,7 +105,8 @@ class SEWResNet18(Network):
     x = _stages(x, mask, self.planes, self.stage_sizes, parts)
     x = jnp.mean(x, axis=(-3, -2))
     bias = initializers.dense_bias(x.shape[-1])
-    return parts.dense(self.num_classes, bias_init=bias, name='classifier')(x)
+    x = parts.dense(self.num_classes, bias_init=bias, name='classifier')(x)
+    return self.read_out(x)
 
 
 class SEWResNet34(SEWResNet18):

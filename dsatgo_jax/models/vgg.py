@@ -54,7 +54,8 @@ class VGGSNN(Network):
       x = snn.avg_pool(x, (2, 2), strides=(2, 2))
     x = x.reshape(*x.shape[:2], -1)
     bias = initializers.dense_bias(x.shape[-1])
-    return parts.dense(self.num_classes, bias_init=bias, name='classifier')(x)
+    x = parts.dense(self.num_classes, bias_init=bias, name='classifier')(x)
+    return self.read_out(x)
 
 
 class ConvNet(VGGSNN):

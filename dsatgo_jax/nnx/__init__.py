@@ -24,18 +24,25 @@ all other thresholds leave it silent.
 
 from flax import nnx
 
+from dsatgo_jax.layers import resize_time
 from dsatgo_jax.neurons import NeuronState
 from dsatgo_jax.nnx.cell import SpikingCell
 from dsatgo_jax.nnx.conv import Conv
 from dsatgo_jax.nnx.neuron import SpikingNeuron
 from dsatgo_jax.nnx.norm import TdBatchNorm
+from dsatgo_jax.nnx.recurrent import (
+  FeedbackNeuron,
+  LeakyIntegrator,
+  SpikingRNN,
+)
 from dsatgo_jax.nnx.variables import CAPTURED, Histogram, Membrane, Probe
 from dsatgo_jax.time_axis import fold_time, over_leading_axes, repeat_in_time
 
 __all__ = [
-  'CAPTURED', 'Conv', 'Dense', 'Histogram', 'Membrane', 'NeuronState', 'Probe',
-  'SpikingCell', 'SpikingNeuron', 'TdBatchNorm', 'avg_pool', 'fold_time',
-  'max_pool', 'repeat_in_time',
+  'CAPTURED', 'Conv', 'Dense', 'Histogram', 'LeakyIntegrator', 'Membrane',
+  'NeuronState', 'Probe', 'SpikingCell', 'SpikingNeuron', 'SpikingRNN',
+  'TdBatchNorm', 'avg_pool', 'fold_time', 'max_pool', 'repeat_in_time',
+  'resize_time',
 ]  # fmt: skip
 
 Dense = nnx.Linear

@@ -52,11 +52,13 @@ class SpikingCell(SpikingNeuron, nnx.RNNCellBase):
     Returns:
       (state, spikes [B, ...]).
     """
-    length = _length_of_rnn(carry.t)
-    if length and self.num_steps and length > self.num_steps:
+    length, known = _length_of_rnn(carry.t), self._length
+    if self.beyond == 'error' and length and known and length > known:
       raise ValueError(
-        f'Expected at most T = {self.num_steps} timesteps, as num_steps says, '
-        f'got an nnx.RNN over {length}.'
+        f'Expected at most T = {known} timesteps, as num_steps says, got an '
+        f"nnx.RNN over {length}. For another T, beyond='hold' lets the last "
+        'running value go on, and resize_time(variables, num_steps) makes '
+        'variables of it.'
       )
     x = jnp.asarray(x)
     start = self.initialize_carry(x.shape)
@@ -88,7 +90,7 @@ class SpikingCell(SpikingNeuron, nnx.RNNCellBase):
       self.dtype,
       self.param_dtype,
       self.parameters(),
-      self.method,
+      self._rules,
       init,
     )
 

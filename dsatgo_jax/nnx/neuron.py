@@ -1,22 +1,15 @@
 """The layer of spiking neurons for Flax NNX."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsatgo_jax import (
-  layers,
-  methods,
-  neurons,
-  probes,
-  statistics,
-  surrogate,
-  tdbn,
-)
+from dsatgo_jax import layers, methods, neurons, probes, statistics, tdbn
+from dsatgo_jax import surrogate as surrogates
 from dsatgo_jax.neurons import NeuronState
 from dsatgo_jax.nnx.variables import CAPTURED, chosen
 from dsatgo_jax.threshold import learnable
@@ -27,7 +20,7 @@ class SpikingNeuron(nnx.Module):
 
   def __init__(
     self,
-    method: str | methods.Method = 'ds_atgo',
+    method: methods.Name | methods.Method = 'ds_atgo',
     *,
     num_steps: int | None = None,
     num_features: int | Sequence[int] = (),
@@ -37,13 +30,14 @@ class SpikingNeuron(nnx.Module):
     v_th: Any = 1.0,
     f_c: Any = 1.0,
     width: Any = 1.0,
-    threshold: str | Callable = 'true',
-    width_signal: str | Callable = 'theta',
-    surrogate: Callable = surrogate.rectangular,
-    reset: str = 'hard',
+    threshold: Literal['true', 'estimated'] | methods.Rule = 'true',
+    width_signal: Literal['theta', 'sigma'] | methods.Rule = 'theta',
+    surrogate: surrogates.Name | surrogates.Spike = 'rectangular',
+    reset: neurons.Reset = 'hard',
     detach_reset: bool = False,
     cut: Sequence[str] = (),
     momentum: float = 0.9,
+    beyond: Literal['error', 'hold'] = 'error',
     axis_name: Any = None,
     fused: bool | None = None,
     dtype: Any = None,
@@ -60,17 +54,18 @@ class SpikingNeuron(nnx.Module):
       use_running_average: inference by the running thresholds; `model.eval()`
         sets it.
       decay: the retained fraction of the membrane, in (0, 1) if learnt.
-      learn_decay: PLIF: one scalar `w` a layer, `decay = sigmoid(w)`.
+      learn_decay: PLIF: `decay = sigmoid(w)`, `w` of decay's shape.
       v_th: the threshold's base value.
       f_c: the firing-rate factor.
       width: the surrogate's base width, `kappa_0`.
       threshold: 'true' or 'estimated' distribution [eq 5], or your own rule.
       width_signal: 'theta' (the paper) or 'sigma' (the authors' program).
-      surrogate: see `dsatgo_jax.surrogate`.
+      surrogate: a name of `surrogate.SURROGATES`, or a function like them.
       reset: 'hard', 'soft' or 'subtract_after_decay'; see `dynamics`.
       detach_reset: whether the reset passes no gradient to the spike.
       cut: of 'spatial', 'leak' and 'reset', the paths that pass no gradient.
       momentum: the share of the running threshold that is kept [eq 6].
+      beyond: 'hold' allows another T, and holds the last running value.
       axis_name: mapped axis over which the statistics are pooled.
       fused: False leaves the scan to autodiff, as forward mode needs.
       dtype: of the spikes; None for x's.
@@ -82,14 +77,16 @@ class SpikingNeuron(nnx.Module):
     """
     del rngs
     decay, v_th, f_c, width = map(layers.static, (decay, v_th, f_c, width))
-    self.method = methods.get(method, threshold, width_signal)
+    self.method, self.threshold, self.width_signal = (
+      method, threshold, width_signal,
+    )  # fmt: skip
     self.num_steps = num_steps
     self.use_running_average = use_running_average
     self.decay, self.learn_decay = decay, learn_decay
     self.f_c, self.width = f_c, width
     self.surrogate = surrogate
     self.reset, self.detach_reset, self.cut = reset, detach_reset, tuple(cut)
-    self.momentum = momentum
+    self.momentum, self.beyond = momentum, beyond
     self.axis_name = axis_name
     self.fused = fused
     self.dtype, self.param_dtype = dtype, param_dtype
@@ -97,10 +94,10 @@ class SpikingNeuron(nnx.Module):
     layers.check_shares(decay, learn_decay, momentum)
     if learn_decay:
       self.w = nnx.Param(jnp.asarray(neurons.logit(decay), param_dtype))
-    learns = self.method.threshold is learnable
+    learns = self._rules.threshold is learnable
     self.v_th = nnx.Param(jnp.asarray(v_th, param_dtype)) if learns else v_th
     features = np.ravel(num_features).astype(int).tolist()
-    for name, rule in layers.averaged(self.method).items():
+    for name, rule in layers.averaged(self._rules).items():
       if num_steps is None:
         raise ValueError(
           'This method keeps one running value per timestep: expected '
@@ -111,9 +108,9 @@ class SpikingNeuron(nnx.Module):
         neurons.Parameters(decay, v_th, f_c, width),
         (num_steps,),
         jax.ShapeDtypeStruct((2, *features), param_dtype),
-        self.method.measure,
+        self._rules.measure,
       )
-      measures = self.method.measure is not statistics.measure
+      measures = self._rules.measure is not statistics.measure
       if average.ndim > 1 and measures and not features:
         raise ValueError(
           "This method's threshold is not a scalar: expected num_features, the "
@@ -121,6 +118,24 @@ class SpikingNeuron(nnx.Module):
         )
       setattr(self, f'running_{name}', nnx.BatchStat(average))
 
+  @property
+  def _rules(self):
+    return methods.get(self.method, self.threshold, self.width_signal)
+
+  @property
+  def _averages(self):
+    return {
+      name: getattr(self, f'running_{name}')
+      for name in layers.averaged(self._rules)
+    }
+
+  @property
+  def _length(self):
+    """T, of the running values where there are any."""
+    lengths = [average.shape[0] for average in self._averages.values()]
+    return lengths[0] if lengths else self.num_steps
+
+  @layers.typed_call
   def __call__(
     self,
     x,
@@ -147,22 +162,21 @@ class SpikingNeuron(nnx.Module):
       Spikes [T, B, ...], or (spikes, state).
     """
     use_running_average = chosen(use_running_average, self)
-    averages = {
-      name: getattr(self, f'running_{name}')
-      for name in layers.averaged(self.method)
-    }
+    averages = self._averages
     # Outside `nnx.capture`, sowing would cost and keep everything.
     kinds = tuple(map(type, getattr(self, '__captures__', ())))
     spikes, state, told, running = layers.layer(
       x,
       self.parameters()._replace(tdbn_scale=tdbn_scale, norm=norm),
-      self.method,
+      self._rules,
       neurons.Running(**{name: a[...] for name, a in averages.items()}),
-      num_steps=self.num_steps,
+      num_steps=self._length,
+      run=self._scan(),
       state=state,
       whole=state is None,
       use_running_average=use_running_average,
       momentum=self.momentum,
+      beyond=self.beyond,
       mask=mask,
       surrogate=self.surrogate,
       reset=self.reset,
@@ -195,6 +209,10 @@ class SpikingNeuron(nnx.Module):
       self.f_c,
       self.width,
     )
+
+  def _scan(self):
+    """The function that runs the neurons over x."""
+    return neurons.run
 
   def set_view(self, use_running_average: bool | None = None):
     """For `nnx.view`.

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from dsatgo_jax import neurons, statistics, tdbn
 from dsatgo_jax.nnx.variables import chosen
@@ -27,8 +29,10 @@ class TdBatchNorm(nnx.Module):
     axis_name: Any = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
-    scale_init: Callable | None = None,
-    bias_init: Callable = nnx.initializers.zeros,
+    use_bias: bool = True,
+    use_scale: bool = True,
+    scale_init: Callable[..., Any] | None = None,
+    bias_init: Callable[..., Any] = nnx.initializers.zeros,
     rngs: nnx.Rngs | None = None,
   ):
     """Makes the parameters; those not listed are as Linen's.
@@ -45,6 +49,8 @@ class TdBatchNorm(nnx.Module):
       axis_name: mapped axis over which the batch is spread.
       dtype: of the output; None for the promoted one.
       param_dtype: of scale and bias.
+      use_bias: whether a bias is learnt; else it is 0.
+      use_scale: whether the scale is learnt; else it stays at `alpha * v_th`.
       scale_init: of the scale, in the place of its start by alpha; to partition
         it, `nnx.with_partitioning(nnx.initializers.ones, ('model',))`.
       bias_init: of the bias.
@@ -53,10 +59,14 @@ class TdBatchNorm(nnx.Module):
     neurons.check_positive(alpha=alpha, v_th=v_th)
     shape, self.factor = (num_features,), alpha * v_th
     start = nnx.initializers.constant(1.0 if factored else self.factor)
-    key: Callable = (lambda: None) if rngs is None else rngs.params
-    self.scale = nnx.Param((scale_init or start)(key(), shape, param_dtype))
-    self.bias = nnx.Param(bias_init(key(), shape, param_dtype))
-    running_dtype = jnp.promote_types(param_dtype, jnp.float32)
+    key: Callable[..., Any] = (lambda: None) if rngs is None else rngs.params
+
+    def learnt(init):
+      return nnx.Param(init(key(), shape, param_dtype))
+
+    self.scale = learnt(scale_init or start) if use_scale else nnx.data(None)
+    self.bias = learnt(bias_init) if use_bias else nnx.data(None)
+    running_dtype = statistics.wide(param_dtype)
     self.mean = nnx.BatchStat(jnp.zeros(shape, running_dtype))
     self.var = nnx.BatchStat(jnp.ones(shape, running_dtype))
     self.num_features = num_features
@@ -68,7 +78,13 @@ class TdBatchNorm(nnx.Module):
     self.axis_name = axis_name
     self.dtype = dtype
 
-  def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
+  def __call__(
+    self,
+    x: ArrayLike,
+    use_running_average: bool | None = None,
+    *,
+    mask: ArrayLike | None = None,
+  ) -> jax.Array:
     """Normalises x [T, B, ..., C], or [B, ..., C] with `repeats=T`.
 
     Args:
@@ -89,7 +105,11 @@ class TdBatchNorm(nnx.Module):
     return affine(x).astype(statistics.floating(dtype))
 
   def affine(
-    self, x, use_running_average: bool | None = None, *, mask=None
+    self,
+    x: ArrayLike,
+    use_running_average: bool | None = None,
+    *,
+    mask: ArrayLike | None = None,
   ) -> tdbn.Affine:
     """Measures x, and leaves it to `SpikingNeuron(...)(x, norm=...)`."""
     return self._affine(jnp.asarray(x), use_running_average, mask)
@@ -107,10 +127,9 @@ class TdBatchNorm(nnx.Module):
     )
     if not use_running_average:
       self.mean[...], self.var[...] = new
-    scale = self.scale[...]
-    if self.factored:
-      scale = self.factor * scale
-    return tdbn.affine(mean, variance, scale, self.bias[...], self.epsilon)
+    learnt = (a if a is None else a[...] for a in (self.scale, self.bias))
+    scale, bias = tdbn.scale_and_bias(x, *learnt, self.factor, self.factored)
+    return tdbn.affine(mean, variance, scale, bias, self.epsilon)
 
   def set_view(self, use_running_average: bool | None = None):
     """For `nnx.view`.

@@ -1,0 +1,207 @@
+"""Layers with dynamics of their own: feedback of spikes, and a leaky readout.
+
+`run` lets a function add to a neuron's input what it makes of the spikes of the
+timestep before and of a memory of its own. Recurrent weights, a synaptic
+current and an adaptation are such functions:
+
+    weights   u[t] = decay * v[t-1] + x[t] + s[t-1] @ kernel
+    current   u[t] = decay * v[t-1] + i[t],        i[t] = share * i[t-1] + x[t]
+    adapting  u[t] = decay * v[t-1] + x[t] - a[t], a[t] = share * a[t-1]
+                                                        + strength * s[t-1]
+
+Thresholds and widths are the method's, as without them. `integrate` has
+membranes that do not fire:
+
+    v[t] = decay * v[t-1] + x[t]
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsatgo_jax import methods, neurons, statistics, tdbn
+from dsatgo_jax.dynamics import (
+  NeuronState,
+  Parameters,
+  Record,
+  at_rest,
+  presynaptic,
+)
+
+_OF_RUN = 'fused', 'probes'
+
+# `feedback(x, spikes, memory) -> (x, memory)`: the input [B, ...] of a timestep,
+# the spikes [B, ...] of the one before, and any tree of arrays, which begins as
+# zeros: of the shapes that come out where None goes in.
+Feedback = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def weights(kernel: jax.Array) -> Feedback:
+  """Weights from the spikes to the next membranes.
+
+  Args:
+    kernel: [C, C].
+
+  Returns:
+    The `Feedback`; it has no memory.
+  """
+  return functools.partial(_weights, kernel)
+
+
+def _weights(kernel, x, spikes, memory):
+  channels = x.shape[-1:]
+  if kernel.shape != channels * 2:
+    raise ValueError(
+      f'Expected a recurrent kernel {list(channels * 2)} for x[0] of shape '
+      f'{x.shape}, got {list(kernel.shape)}.'
+    )
+  back = spikes @ kernel.astype(spikes.dtype)
+  return x + back.astype(x.dtype), memory
+
+
+def current(share: Any = 0.5) -> Feedback:
+  """A synaptic current between input and membrane (CuBa).
+
+  Args:
+    share: what is retained of it; broadcasts against x[0].
+
+  Returns:
+    The `Feedback`; its memory is the current.
+  """
+  return functools.partial(_current, share)
+
+
+def _current(share, x, spikes, memory):
+  del spikes
+  memory = x if memory is None else jnp.asarray(share, x.dtype) * memory + x
+  return memory, memory
+
+
+def adapting(share: Any = 0.9, strength: Any = 0.1) -> Feedback:
+  """An adaptation current that a neuron's own spikes feed (ALIF).
+
+  Args:
+    share: what is retained of it; broadcasts against x[0].
+    strength: what each spike adds to it, likewise.
+
+  Returns:
+    The `Feedback`; its memory is the adaptation.
+  """
+  return functools.partial(_adapting, share, strength)
+
+
+def _adapting(share, strength, x, spikes, memory):
+  share, strength = (jnp.asarray(a, x.dtype) for a in (share, strength))
+  memory = jnp.zeros_like(x) if memory is None else memory
+  memory = share * memory + strength * spikes.astype(x.dtype)
+  return x - memory, memory
+
+
+def run(
+  x: jax.Array,
+  parameters: Parameters = Parameters(),  # noqa: B008, a constant
+  method: methods.Name | methods.Method = 'ds_atgo',
+  *,
+  feedback: Feedback,
+  state: NeuronState | None = None,
+  running: neurons.Running | None = None,
+  mask=None,
+  **settings,
+) -> tuple[jax.Array, NeuronState, Record]:
+  """`neurons.run` of neurons whose input hears of their last spikes.
+
+  Args:
+    x: pre-synaptic input from elsewhere, [T, B, ...].
+    parameters: the neurons' numbers.
+    method: a name of `methods.METHODS`, or a `methods.Method`.
+    feedback: what becomes of an input, `(x, spikes, memory) -> (x, memory)`.
+    state: the state to go on from; None for neurons at rest.
+    running: running averages of x's timesteps, [T]: inference.
+    mask: [T, B] or [B], whether an example is real; None for all of it.
+    **settings: those of `neurons.step`; `fused` and `probes`, which
+      `neurons.run` has besides, change nothing.
+
+  Returns:
+    As `neurons.run`; the state holds last spikes and memory, too.
+
+  Raises:
+    ValueError: what `feedback` or `neurons.run` raises.
+  """
+  x = neurons.sequence(x)
+  method = methods.get(method)
+  dtype = statistics.floating(settings.get('dtype') or x.dtype)
+  of_v = x.dtype if state is None else jnp.asarray(state.v).dtype
+  wide = statistics.wide(x.dtype, of_v)
+  numbers = neurons.arrays(parameters, wide)
+  x = presynaptic(x, numbers)
+  parameters = parameters._replace(norm=None)
+  if state is None:
+    state = at_rest(x[0], numbers, method)
+  state = jax.tree.map(jnp.asarray, state)
+  silent = jnp.zeros_like(x[0], dtype)
+  spikes, memory = state.memory or (silent, None)
+  if memory is None:
+    # Zeros of the shape that it takes.
+    shapes = jax.eval_shape(lambda x, s: feedback(x, s, None)[1], x[0], silent)
+    memory = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  settings = {k: v for k, v in settings.items() if k not in _OF_RUN}
+  settings['dtype'] = dtype
+
+  def step(carry, inputs):
+    state, spikes, memory = carry
+    x, running, mask = inputs
+    x, memory = feedback(x, spikes, memory)
+    spikes, state, happened = neurons.step(
+      state, x, parameters, method, running=running, mask=mask, **settings
+    )
+    return (state, spikes, memory), (spikes, happened)
+
+  inputs = x, running, tdbn.mask_of(x, mask)
+  state = NeuronState(state.v.astype(wide), state.t, state.theta)
+  carry = state, spikes.astype(dtype), memory
+  (state, *memory), (spikes, happened) = lax.scan(step, carry, inputs)
+  return spikes, state._replace(memory=tuple(memory)), happened
+
+
+def integrate(
+  x: jax.Array,
+  decay: Any = 0.9,
+  *,
+  state: NeuronState | None = None,
+  dtype=None,
+) -> tuple[jax.Array, NeuronState]:
+  """Membranes that leak and do not fire: a readout.
+
+  Args:
+    x: pre-synaptic input, [T, B, ...]; integers are taken as float32.
+    decay: the share of the membrane that is retained; a number, or an array
+      that broadcasts against x[0].
+    state: the state to go on from; None for membranes at rest.
+    dtype: of the membranes that are returned; None for x's. Inside they are at
+      least float32.
+
+  Returns:
+    The membranes [T, B, ...], and the state after the last timestep.
+
+  Raises:
+    ValueError: x has no batch axis or is complex, or decay or state do not fit
+      it.
+  """
+  x = neurons.sequence(x)
+  neurons.check_fits(x, decay=decay)
+  state = jax.tree.map(jnp.asarray, at_rest(x[0]) if state is None else state)
+  neurons.check_state(x, state)
+  dtype = statistics.floating(dtype or x.dtype)
+  wide = statistics.wide(x.dtype, state.v.dtype)
+  decay = jnp.asarray(decay, wide)
+
+  def step(v, x):
+    v = decay * v + x.astype(wide)
+    return v, v.astype(dtype)
+
+  v, membranes = lax.scan(step, state.v.astype(wide), x, unroll=len(x) <= 16)
+  return membranes, NeuronState(v, state.t + len(x))
