@@ -34,9 +34,9 @@ from dsatgo_jax.dynamics import (
 
 _OF_RUN = 'fused', 'probes'
 
-# `feedback(x, spikes, memory) -> (x, memory)`: the input [B, ...] of a timestep,
-# the spikes [B, ...] of the one before, and any tree of arrays, which begins as
-# zeros: of the shapes that come out where None goes in.
+# `feedback(x, spikes, memory) -> (x, memory)`, of the input [B, ...] of a
+# timestep, the spikes [B, ...] of the one before, and any tree of arrays, which
+# begins as zeros: of the shapes that come out where None goes in.
 Feedback = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
@@ -139,11 +139,11 @@ def run(
   numbers = neurons.arrays(parameters, wide)
   x = presynaptic(x, numbers)
   parameters = parameters._replace(norm=None)
-  if state is None:
-    state = at_rest(x[0], numbers, method)
-  state = jax.tree.map(jnp.asarray, state)
+  start = at_rest(x[0], numbers, method)
+  if state is not None:
+    start = NeuronState(*jax.tree.map(jnp.asarray, state))
   silent = jnp.zeros_like(x[0], dtype)
-  spikes, memory = state.memory or (silent, None)
+  spikes, memory = start.memory or (silent, None)
   if memory is None:
     # Zeros of the shape that it takes.
     shapes = jax.eval_shape(lambda x, s: feedback(x, s, None)[1], x[0], silent)
@@ -161,10 +161,10 @@ def run(
     return (state, spikes, memory), (spikes, happened)
 
   inputs = x, running, tdbn.mask_of(x, mask)
-  state = NeuronState(state.v.astype(wide), state.t, state.theta)
-  carry = state, spikes.astype(dtype), memory
-  (state, *memory), (spikes, happened) = lax.scan(step, carry, inputs)
-  return spikes, state._replace(memory=tuple(memory)), happened
+  start = NeuronState(start.v.astype(wide), start.t, start.theta)
+  carry = start, spikes.astype(dtype), memory
+  (end, *memory), (spikes, happened) = lax.scan(step, carry, inputs)
+  return spikes, end._replace(memory=tuple(memory)), happened
 
 
 def integrate(

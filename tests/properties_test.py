@@ -289,6 +289,10 @@ FUNCTIONS = {
   'linen.SpikingNeuron': of_linen(
     linen.SpikingNeuron(), use_running_average=False
   ),
+  'linen.FeedbackNeuron': of_linen(
+    linen.FeedbackNeuron(), use_running_average=False
+  ),
+  'nnx.FeedbackNeuron': of_nnx(lambda: snnx.FeedbackNeuron(num_steps=3)),
   'linen.SpikingRNN': of_linen(linen.SpikingRNN(), use_running_average=False),
   'linen.LeakyIntegrator': of_linen(linen.LeakyIntegrator()),
   'linen.SpikingCell': of_linen(

@@ -122,7 +122,10 @@ def test_without_weights_it_is_the_neuron():
   arguments = {'mask': mask, 'norm': norm}
   expected = neurons.run(x, neurons.Parameters(norm=norm), mask=mask)
   got = recurrent.run(
-    x, neurons.Parameters(norm=norm), feedback=recurrent.weights(jnp.zeros((3, 3))), mask=mask
+    x,
+    neurons.Parameters(norm=norm),
+    feedback=recurrent.weights(jnp.zeros((3, 3))),
+    mask=mask,
   )
   close((got[0], got[1].v), (expected[0], expected[1].v))
   none = nn.initializers.zeros
@@ -151,9 +154,7 @@ def test_thresholds_are_pooled_over_devices():
 
 def test_a_kernel_of_another_size():
   with pytest.raises(ValueError, match=r'kernel \[3, 3\] .*got \[3, 4\]'):
-    recurrent.run(
-      normal(2, 4, 3), feedback=recurrent.weights(jnp.ones((3, 4)))
-    )
+    recurrent.run(normal(2, 4, 3), feedback=recurrent.weights(jnp.ones((3, 4))))
 
 
 # Dynamics of one's own.
@@ -200,11 +201,13 @@ def test_currents_are_a_loop_whole_and_in_parts(kind):
 
 
 def test_gradients_of_currents_are_those_of_a_plain_loop():
-  """A current is a leaky integrator in front of the neuron; its share learns."""
+  """A current is a leaky integrator before the neuron; its share learns."""
   x, weights = normal(6, 4, 3), normal(6, 4, 3, seed=1)
 
   def within(share, x):
-    return (weights * recurrent.run(x, feedback=recurrent.current(share))[0]).sum()
+    return (
+      weights * recurrent.run(x, feedback=recurrent.current(share))[0]
+    ).sum()
 
   def before(share, x):
     return (weights * neurons.run(recurrent.integrate(x, share)[0])[0]).sum()

@@ -48,9 +48,9 @@ from dsatgo_jax.neurons import NeuronState
 from dsatgo_jax.time_axis import fold_time, over_leading_axes, repeat_in_time
 
 __all__ = [
-  'Conv', 'Dense', 'FeedbackNeuron', 'LeakyIntegrator', 'NeuronState', 'SpikingCell',
-  'SpikingNeuron', 'SpikingRNN', 'TdBatchNorm', 'avg_pool', 'fold_time',
-  'max_pool', 'repeat_in_time', 'resize_time',
+  'Conv', 'Dense', 'FeedbackNeuron', 'LeakyIntegrator', 'NeuronState',
+  'SpikingCell', 'SpikingNeuron', 'SpikingRNN', 'TdBatchNorm', 'avg_pool',
+  'fold_time', 'max_pool', 'repeat_in_time', 'resize_time',
 ]  # fmt: skip
 
 Dense = nn.Dense

@@ -39,10 +39,10 @@ from dsatgo_jax.nnx.variables import CAPTURED, Histogram, Membrane, Probe
 from dsatgo_jax.time_axis import fold_time, over_leading_axes, repeat_in_time
 
 __all__ = [
-  'CAPTURED', 'Conv', 'Dense', 'Histogram', 'LeakyIntegrator', 'Membrane',
-  'NeuronState', 'Probe', 'SpikingCell', 'SpikingNeuron', 'SpikingRNN',
-  'TdBatchNorm', 'avg_pool', 'fold_time', 'max_pool', 'repeat_in_time',
-  'resize_time',
+  'CAPTURED', 'Conv', 'Dense', 'FeedbackNeuron', 'Histogram',
+  'LeakyIntegrator', 'Membrane', 'NeuronState', 'Probe', 'SpikingCell',
+  'SpikingNeuron', 'SpikingRNN', 'TdBatchNorm', 'avg_pool', 'fold_time',
+  'max_pool', 'repeat_in_time', 'resize_time',
 ]  # fmt: skip
 
 Dense = nnx.Linear
