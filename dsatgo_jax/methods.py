@@ -56,7 +56,7 @@ Name = Literal[
   'moving',
 ]
 
-_MOVING = threshold.moving(0.5)
+_MOVING = threshold.Moving(0.5)
 
 METHODS = {
   'vanilla': Method(threshold.fixed, width.fixed),

@@ -12,6 +12,7 @@ gets the threshold that was in force one timestep before, `v_th` at first,
 without gradient.
 """
 
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -82,26 +83,29 @@ def learnable(statistics: Any, parameters: Any, t: Any) -> Any:
   return parameters.v_th
 
 
-def moving(rate: float):
-  """A threshold that moves towards the adaptive one within a recording.
+@dataclasses.dataclass(frozen=True)
+class Moving:
+  """A rule: a threshold that moves towards the adaptive one within a recording.
 
-  Args:
+  `previous + rate * (adaptive - previous)`, from `v_th` on.
+
+  Attributes:
     rate: which share of the distance it goes at each timestep, in (0, 1].
-
-  Returns:
-    A rule: `previous + rate * (adaptive - previous)`, from `v_th` on.
 
   Raises:
     ValueError: the rate is out of its range.
   """
-  if not 0 < rate <= 1:
-    raise ValueError(f'Expected 0 < rate <= 1, got {rate=}.')
 
-  return functools.partial(_moved, rate)
+  rate: float
 
+  def __post_init__(self):
+    if not 0 < self.rate <= 1:
+      raise ValueError(f'Expected 0 < rate <= 1, got rate={self.rate}.')
 
-def _moved(rate, statistics, parameters, t, previous):
-  return previous + rate * (adaptive(statistics, parameters, t) - previous)
+  def __call__(self, statistics, parameters, t, previous):
+    """The threshold; see the module."""
+    aim = adaptive(statistics, parameters, t)
+    return previous + self.rate * (aim - previous)
 
 
 def quantile(statistics, parameters, t):

@@ -341,7 +341,7 @@ OF_SETTINGS = {
   'tdbn.mask_of',
   'threshold.follows',
   'threshold.is_measured',
-  'threshold.moving',
+  'threshold.Moving',
   'threshold.unmeasured',
 }
 # What `neurons.run` is made of; tested through it.

@@ -234,11 +234,11 @@ def test_the_past_passes_no_gradient():
 @pytest.mark.parametrize('rate', [0, 1.5])
 def test_a_rate_out_of_its_range(rate):
   with pytest.raises(ValueError, match='0 < rate <= 1, got rate='):
-    threshold.moving(rate)
+    threshold.Moving(rate)
 
 
 def test_with_a_rate_of_one_it_is_the_adaptive_threshold():
-  x, rule = skewed(3, 4, 5), threshold.moving(1.0)
+  x, rule = skewed(3, 4, 5), threshold.Moving(1.0)
   method = methods.METHODS['at']._replace(threshold=rule)
   close(neurons.run(x, method=method)[2].theta, neurons.run(x)[2].theta)
 
