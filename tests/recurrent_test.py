@@ -13,6 +13,7 @@ from flax import nnx
 from dsatgo_jax import linen as snn
 from dsatgo_jax import models, neurons, recurrent
 from dsatgo_jax import nnx as snnx
+from dsatgo_jax.analysis import flow
 
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 KEY = jax.random.key(0)
@@ -144,6 +145,43 @@ def test_thresholds_are_pooled_over_devices():
     in_axes=1, out_axes=1, axis_name='device',
   )(x.reshape(5, 2, 2, 3))  # fmt: skip
   chex.assert_trees_all_equal(parts.reshape(x.shape), whole[0])
+
+
+class Linen(nn.Module):
+  """A neuron, and one with recurrent weights."""
+
+  @nn.compact
+  def __call__(self, x):
+    """[T, B, C] to spikes."""
+    return snn.SpikingRNN(use_running_average=False)(
+      snn.SpikingNeuron(use_running_average=False)(x)
+    )
+
+
+def test_the_gradient_flow_of_other_layers():
+  x = normal(3, 4, 2)
+  variables = Linen().init(KEY, x)
+  zeros = flow.zeros(Linen(), variables, x)
+  assert list(flow.raw(zeros['flow'])) == ['SpikingNeuron_0']
+
+  def loss(zeros):
+    return Linen().apply(variables | zeros, x, mutable=['batch_stats'])[0].sum()
+
+  expected = flow.raw(jax.grad(loss)(zeros)['flow'])['SpikingNeuron_0']
+  assert abs(expected['paths']).max() > 0
+  model = nnx.Sequential(
+    snnx.SpikingNeuron(num_steps=3),
+    snnx.SpikingRNN(2, num_steps=3, rngs=nnx.Rngs(0)),
+  )
+  model.layers[1].recurrent_kernel = nnx.Param(
+    variables['params']['SpikingRNN_0']['recurrent_kernel']
+  )
+  probes = nnx.DiffState(0, snnx.Probe)
+  gradient = nnx.grad(lambda model: model(x).sum(), argnums=probes)(
+    flow.probed(model, x)
+  )
+  ((_, got),) = flow.raw(gradient).items()
+  close(got, expected)
 
 
 def test_a_kernel_of_another_size():
