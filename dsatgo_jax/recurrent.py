@@ -7,6 +7,7 @@ Neurons whose spikes come back, `run`, and membranes that do not fire,
     v[t] = decay * v[t-1] + x[t]
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -70,21 +71,29 @@ def run(
   wide = statistics.wide(x.dtype, state.v.dtype)
   x = presynaptic(x, neurons.arrays(parameters, wide))
   parameters = parameters._replace(norm=None)
-  settings = {k: v for k, v in settings.items() if k not in _OF_RUN}
-  settings['dtype'] = dtype
+  fixed = {k: v for k, v in settings.items() if k not in _OF_RUN}
+  for name in fixed.keys() & {'cut', 'record'}:
+    if not isinstance(fixed[name], bool):
+      fixed[name] = tuple(fixed[name])
+  fixed |= {'method': method, 'dtype': dtype}
+  carry = NeuronState(state.v.astype(wide), state.t), spikes.astype(dtype)
+  inputs = x, running, tdbn.mask_of(x, mask)
+  return _run(tuple(fixed.items()), carry, inputs, parameters, kernel)
 
+
+# So that eager calls compile once, as `neurons.run`.
+@functools.partial(jax.jit, static_argnums=0)
+def _run(fixed, carry, inputs, parameters, kernel):
   def step(carry, inputs):
     state, spikes = carry
     x, running, mask = inputs
-    back = spikes @ kernel.astype(dtype)
+    back = spikes @ kernel.astype(spikes.dtype)
     spikes, state, happened = neurons.step(
-      state, x + back.astype(x.dtype), parameters, method,
-      running=running, mask=mask, **settings,
+      state, x + back.astype(x.dtype), parameters,
+      running=running, mask=mask, **dict(fixed),
     )  # fmt: skip
     return (state, spikes), (spikes, happened)
 
-  inputs = x, running, tdbn.mask_of(x, mask)
-  carry = NeuronState(state.v.astype(wide), state.t), spikes.astype(dtype)
   (state, last), (spikes, happened) = lax.scan(step, carry, inputs)
   return spikes, state._replace(spikes=last), happened
 
@@ -119,11 +128,15 @@ def integrate(
   neurons.check_state(x, state)
   dtype = statistics.floating(dtype or x.dtype)
   wide = statistics.wide(x.dtype, state.v.dtype)
-  decay = jnp.asarray(decay, wide)
+  v = state.v.astype(wide)
+  v, membranes = _integrate(dtype, x, v, jnp.asarray(decay, wide))
+  return membranes, NeuronState(v, state.t + len(x))
 
+
+@functools.partial(jax.jit, static_argnums=0)
+def _integrate(dtype, x, v, decay):
   def step(v, x):
-    v = decay * v + x.astype(wide)
+    v = decay * v + x.astype(v.dtype)
     return v, v.astype(dtype)
 
-  v, membranes = lax.scan(step, state.v.astype(wide), x, unroll=len(x) <= 16)
-  return membranes, NeuronState(v, state.t + len(x))
+  return lax.scan(step, v, x, unroll=len(x) <= 16)
