@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import Partial
 
 from dsatgo_jax import methods, neurons, statistics, tdbn
 from dsatgo_jax.dynamics import (
@@ -49,7 +50,7 @@ def weights(kernel: jax.Array) -> Feedback:
   Returns:
     The `Feedback`; it has no memory.
   """
-  return functools.partial(_weights, kernel)
+  return Partial(_weights, kernel)
 
 
 def _weights(kernel, x, spikes, memory):
@@ -72,7 +73,7 @@ def current(share: Any = 0.5) -> Feedback:
   Returns:
     The `Feedback`; its memory is the current.
   """
-  return functools.partial(_current, share)
+  return Partial(_current, share)
 
 
 def _current(share, x, spikes, memory):
@@ -91,7 +92,7 @@ def adapting(share: Any = 0.9, strength: Any = 0.1) -> Feedback:
   Returns:
     The `Feedback`; its memory is the adaptation.
   """
-  return functools.partial(_adapting, share, strength)
+  return Partial(_adapting, share, strength)
 
 
 def _adapting(share, strength, x, spikes, memory):
@@ -148,21 +149,31 @@ def run(
     # Zeros of the shape that it takes.
     shapes = jax.eval_shape(lambda x, s: feedback(x, s, None)[1], x[0], silent)
     memory = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  settings = {k: v for k, v in settings.items() if k not in _OF_RUN}
-  settings['dtype'] = dtype
+  fixed = {k: v for k, v in settings.items() if k not in _OF_RUN}
+  for name in fixed.keys() & {'cut', 'record'}:
+    if not isinstance(fixed[name], bool):
+      fixed[name] = tuple(fixed[name])
+  fixed |= {'method': method, 'dtype': dtype}
+  start = NeuronState(start.v.astype(wide), start.t, start.theta)
+  carry = start, spikes.astype(dtype), memory
+  inputs = x, running, tdbn.mask_of(x, mask)
+  return _run(
+    tuple(fixed.items()), carry, inputs, parameters, Partial(feedback)
+  )
 
+
+# So that eager calls compile once, as `neurons.run`.
+@functools.partial(jax.jit, static_argnums=0)
+def _run(fixed, carry, inputs, parameters, feedback):
   def step(carry, inputs):
     state, spikes, memory = carry
     x, running, mask = inputs
     x, memory = feedback(x, spikes, memory)
     spikes, state, happened = neurons.step(
-      state, x, parameters, method, running=running, mask=mask, **settings
+      state, x, parameters, running=running, mask=mask, **dict(fixed)
     )
     return (state, spikes, memory), (spikes, happened)
 
-  inputs = x, running, tdbn.mask_of(x, mask)
-  start = NeuronState(start.v.astype(wide), start.t, start.theta)
-  carry = start, spikes.astype(dtype), memory
   (end, *memory), (spikes, happened) = lax.scan(step, carry, inputs)
   return spikes, end._replace(memory=tuple(memory)), happened
 
@@ -197,11 +208,15 @@ def integrate(
   neurons.check_state(x, state)
   dtype = statistics.floating(dtype or x.dtype)
   wide = statistics.wide(x.dtype, state.v.dtype)
-  decay = jnp.asarray(decay, wide)
+  v = state.v.astype(wide)
+  v, membranes = _integrate(dtype, x, v, jnp.asarray(decay, wide))
+  return membranes, NeuronState(v, state.t + len(x))
 
+
+@functools.partial(jax.jit, static_argnums=0)
+def _integrate(dtype, x, v, decay):
   def step(v, x):
-    v = decay * v + x.astype(wide)
+    v = decay * v + x.astype(v.dtype)
     return v, v.astype(dtype)
 
-  v, membranes = lax.scan(step, state.v.astype(wide), x, unroll=len(x) <= 16)
-  return membranes, NeuronState(v, state.t + len(x))
+  return lax.scan(step, v, x, unroll=len(x) <= 16)

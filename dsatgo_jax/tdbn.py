@@ -153,9 +153,14 @@ class Affine(NamedTuple):
 
   def __call__(self, x):
     """`(x - mean) * gain + bias`, in the promoted dtype of all."""
-    dtype = statistics.wide(x.dtype, *(a.dtype for a in self))
-    mean, gain, bias = (_per(a.astype(dtype), x) for a in self)
+    dtype = _promoted(x, *self)
+    mean, gain, bias = (_per(jnp.asarray(a, dtype), x) for a in self)
     return (x.astype(dtype) - mean) * gain + bias
+
+
+def _promoted(*arrays):
+  """The dtype of arrays and numbers together, under strict promotion, too."""
+  return statistics.wide(*(a.dtype for a in arrays if hasattr(a, 'dtype')))
 
 
 def affine(mean, variance, scale, bias, epsilon=1e-5) -> Affine:
@@ -171,7 +176,7 @@ def affine(mean, variance, scale, bias, epsilon=1e-5) -> Affine:
   Returns:
     `Affine`.
   """
-  scale = scale.astype(statistics.wide(scale.dtype, variance.dtype))
+  scale = jnp.asarray(scale, _promoted(scale, variance))
   return Affine(mean, scale * lax.rsqrt(variance + epsilon), bias)
 
 

@@ -53,7 +53,7 @@ faces = pytest.mark.parametrize(
 
 
 @faces
-@pytest.mark.parametrize('num_steps', [1, 2, 3, 5])
+@pytest.mark.parametrize('num_steps', [1, 5])
 def test_held_over_another_number_of_timesteps(face, num_steps):
   x = normal(num_steps, 4, 3)
   held = neurons.Running(KEPT[np.minimum(np.arange(num_steps), 2)])
@@ -84,7 +84,7 @@ def test_an_error_tells_of_the_ways_out(face):
     face(beyond='stop')(normal(3, 4, 3), True)
 
 
-@pytest.mark.parametrize('num_steps', [2, 5])
+@pytest.mark.parametrize('num_steps', [1, 5])
 def test_variables_of_another_number_of_timesteps(num_steps):
   x = normal(num_steps, 4, 3)
   expected, _ = linen(beyond='hold')[0](x, True)

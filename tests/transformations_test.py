@@ -16,7 +16,15 @@ from jax import export
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from dsatgo_jax import linen, methods, models, neurons, surrogate, tdbn
+from dsatgo_jax import (
+  linen,
+  methods,
+  models,
+  neurons,
+  recurrent,
+  surrogate,
+  tdbn,
+)
 from dsatgo_jax import nnx as snnx
 
 float64 = jax.enable_x64(True)
@@ -156,6 +164,8 @@ def eager_calls():
   norm = linen.TdBatchNorm(False)
   variables = module.init(jax.random.key(0), x)
   norm_variables = norm.init(jax.random.key(0), x)
+  rnn = linen.SpikingRNN(use_running_average=False)
+  rnn_variables = rnn.init(jax.random.key(0), x)
   nnx_module = snnx.SpikingNeuron(num_steps=4)
   nnx_norm = snnx.TdBatchNorm(6)
   return {
@@ -179,6 +189,10 @@ def eager_calls():
     'gradient of nnx.TdBatchNorm': lambda: nnx.grad(
       lambda norm: jnp.sum(norm(x) ** 2)
     )(nnx_norm),
+    'linen.SpikingRNN': lambda: rnn.apply(
+      rnn_variables, x, mutable=['batch_stats', 'spiking']
+    ),
+    'recurrent.integrate': lambda: recurrent.integrate(x, 0.5),
     'a part of a recording': lambda: nnx_module(x[:2], state=state),
   }
 

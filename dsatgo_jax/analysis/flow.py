@@ -131,12 +131,14 @@ def probed(
     capture = nnx.capture(nnx.merge(graph, state), snnx.Membrane)
     return capture(*args, **kwargs)[1]
 
-  told = by_layer(jax.eval_shape(inputs, state, args))
   neurons = {
     '/'.join(map(str, path)): node
     for path, node in nnx.iter_graph(model)
     if isinstance(node, snnx.SpikingNeuron)
+    and not isinstance(node, snnx.SpikingRNN)
   }
+  told = by_layer(jax.eval_shape(inputs, state, args))
+  told = {layer: one for layer, one in told.items() if layer in neurons}
   for layer in _known('layers', told if layers is None else layers, told):
     for name in _known('names', names, probes.NAMES):
       zero = probes.zeros(name, told[layer]['u'])
