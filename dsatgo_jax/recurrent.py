@@ -157,9 +157,9 @@ def run(
   start = NeuronState(start.v.astype(wide), start.t, start.theta)
   carry = start, spikes.astype(dtype), memory
   inputs = x, running, tdbn.mask_of(x, mask)
-  return _run(
-    tuple(fixed.items()), carry, inputs, parameters, Partial(feedback)
-  )
+  if not isinstance(feedback, Partial):
+    feedback = Partial(feedback)
+  return _run(tuple(fixed.items()), carry, inputs, parameters, feedback)
 
 
 # So that eager calls compile once, as `neurons.run`.
