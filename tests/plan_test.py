@@ -364,14 +364,13 @@ def test_the_largest_batch_of_a_gpu_fits():
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
-  found = run('--memory=0.01')
+  found = run('--memory=0.003')
   assert found['kernels'] > 50 and found['collectives'] > 0
   assert found['moved_bytes'] > found['activation_bytes'] > 0
   most = found['largest_batch_size']
   assert most % 2 == 0
-  there = run('--memory=0.01', f'--config.batch_size={most}')
-  assert 0.9 < there['memory_bytes'] / 0.01e9 < 1.1
-  assert run('--memory=0.0001')['largest_batch_size'] == 0
+  there = run('--memory=0.003', f'--config.batch_size={most}')
+  assert 0.9 < there['memory_bytes'] / 0.003e9 < 1.1
 
 
 @pytest.mark.sample

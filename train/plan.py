@@ -310,9 +310,9 @@ def table(found, memory):
     lines += [row('or those of a watched step', found['watch_bytes'], 'B')]
   lines += [row('memory of a device', found['memory_bytes'], 'B')]
   if found['fits']:
-    lines += [f'It fits into {memory:g} GB.']
+    lines += [f'It fits into {memory:.4g} GB.']
   else:
-    lines += [f'More than {memory:g} GB: choose a smaller batch.']
+    lines += [f'More than {memory:.4g} GB: choose a smaller batch.']
   if 'gpu' in found:
     lines += [
       f'As compiled for {found["gpu"]}; what cuDNN takes comes on top.',
