@@ -1,124 +1,210 @@
 """What GPUs would do: a training step, compiled for cards that are not there.
 
-  pip install --no-deps jax-cuda13-plugin==JAX jax-cuda13-pjrt==JAX
+  pip install -e '.[train,plan-gpu]'
   python -m benchmarks.gpu [--cards h100,rtx4090] [--dtypes bfloat16,float32] \
-      [--networks ResNet-19,...] [--json FILE]
+      [--networks ResNet-19,...] [--ways 1,4-jit,...] [--json FILE]
+  python -m benchmarks.gpu --check benchmarks/gpu.json
 
-JAX is jax's own version; neither a driver nor CUDA is needed. Loss and
-gradients of each network beside its twin with ReLU in the place of the neurons:
-kernels, MiB moved by those that are no library's, temporary MiB (without
-cuDNN's own) and collectives, a device; on one device, and under `jax.jit` with
-the batch sharded over four. Nothing runs, so no time is measured.
+Neither a driver nor CUDA is needed. Loss and gradients of each network beside
+its twin with ReLU in the place of the neurons: kernels, MiB moved by those that
+are no library's, temporary MiB (without cuDNN's own) and collectives, a device;
+on one device, and on four under `jax.jit` with a sharded batch, `pmap` and
+`shard_map`. Nothing runs, so no time is measured.
+
+`--check` measures what is in a file again, and fails where a figure has grown
+by more than a tenth.
 """
 
 import argparse
+import functools
+import itertools
 import json
-import os
 import pathlib
-
-os.environ['JAX_PLATFORMS'] = 'cpu'  # Else the plugin wants a driver.
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_gpu_autotune_level=0'
-)
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import hlo, train_step
+from benchmarks import train_step
 from dsatgo_jax import models
+from train import cards, hlo
 
 # Class, settings, the batch's axis, and the input of one device.
 NETWORKS = {
   'ResNet-19': (models.ResNet19, {'num_steps': 2}, 0, (25, 32, 32, 3)),
   'VGGSNN': (models.VGGSNN, {}, 1, (10, 4, 48, 48, 2)),
   'SEW-ResNet-18': (models.SEWResNet18, {}, 0, (8, 224, 224, 3)),
+  'ConvNet': (models.ConvNet, {'num_steps': 4}, 0, (16, 8, 8, 1)),
 }
 COLUMNS = ('card', 'dtype', 'network', 'devices', 'neurons')
 NUMBERS = ('kernels', 'MiB moved', 'MiB temporary')
+GROWTH = 1.1  # What `--check` lets pass.
 
 
-def mesh_of(card, num_devices):
-  """Devices of a card that need not be there."""
-  facts = pathlib.Path(__file__).with_name(f'{card}.txtpb').read_text()
-  topology = topologies.get_topology_desc(
-    platform='cuda', target_config=facts, topology=f'1x1x{num_devices}'
-  )
-  return Mesh(np.array(topology.devices), ('batch',))
-
-
-def compiled(network, shape, axis, dtype, mesh):
-  """The step, compiled for a mesh; the batch is sharded over it."""
-  shape = list(shape)
-  shape[axis] *= mesh.size
-  x = jax.ShapeDtypeStruct(tuple(shape), dtype)
-  labels = jax.ShapeDtypeStruct((shape[axis],), jnp.int32)
-  variables = jax.eval_shape(network.init, jax.random.key(0), x)
+def with_jit(network, arguments, axis, devices):
+  """The step with a sharded batch, lowered."""
+  mesh = Mesh(np.array(devices), ('batch',))
 
   def on(tree, *spec):
     sharding = NamedSharding(mesh, P(*spec))
     return jax.tree.map(lambda a: a.update(sharding=sharding), tree)
 
+  variables, x, labels = arguments
   arguments = (
     on(variables),
     on(x, *[None] * axis, 'batch'),
     on(labels, 'batch'),
   )
-  step = jax.jit(
-    train_step.loss_and_gradients(network),
-    out_shardings=NamedSharding(mesh, P()),
+  step = train_step.loss_and_gradients(network)
+  return jax.jit(step, out_shardings=NamedSharding(mesh, P())).lower(*arguments)
+
+
+def with_pmap(network, arguments, axis, devices):
+  """The same under `pmap`."""
+  network = network.clone(axis_name='batch')
+
+  def step(*arguments):
+    (loss, updates), gradients = train_step.loss_and_gradients(network)(
+      *arguments
+    )
+    loss, gradients = jax.lax.pmean((loss, gradients), 'batch')
+    return (loss, updates), gradients
+
+  def split(a, axis):
+    lead, rest = a.shape[:axis], a.shape[axis + 1 :]
+    each = a.shape[axis] // len(devices)
+    return a.update(shape=(*lead, len(devices), each, *rest))
+
+  variables, x, labels = arguments
+  return jax.pmap(
+    step,
+    axis_name='batch',
+    in_axes=(None, axis, 0),
+    out_axes=None,
+    devices=devices,
+  ).lower(variables, split(x, axis), split(labels, 0))
+
+
+def with_shard_map(network, arguments, axis, devices):
+  """The same under `shard_map`, which sums the gradients by itself."""
+  mesh = Mesh(np.array(devices), ('batch',))
+  step = train_step.loss_and_gradients(
+    network.clone(axis_name='batch'),
+    functools.partial(jax.lax.pmean, axis_name='batch'),
   )
-  return step.lower(*arguments).compile()
+  specs = P(), P(*[None] * axis, 'batch'), P('batch')
+  step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())
+  arguments = [
+    jax.tree.map(lambda a: a.update(sharding=NamedSharding(mesh, spec)), tree)  # noqa: B023
+    for spec, tree in zip(specs, arguments, strict=True)
+  ]
+  return jax.jit(step).lower(*arguments)
 
 
-def measure(name, relu, dtype, card, num_devices):
-  """One row of the table."""
+WAYS = {
+  '1': with_jit,
+  '4-jit': with_jit,
+  '4-pmap': with_pmap,
+  '4-shard_map': with_shard_map,
+}
+
+
+def measure(card, dtype, name, way, neurons):
+  """Returns the numbers of a row of the table."""
   kind, settings, axis, shape = NETWORKS[name]
-  kind = train_step.relu_twin(kind) if relu else kind
+  kind = train_step.relu_twin(kind) if neurons == 'ReLU' else kind
   network = kind(dtype=jnp.dtype(dtype), **settings)
-  mesh = mesh_of(card, num_devices)
-  program = compiled(network, shape, axis, jnp.dtype(dtype), mesh)
-  temporary = program.memory_analysis().temp_size_in_bytes / 2**20
-  return hlo.summary(program.as_text()) | {'MiB temporary': temporary}
+  devices = cards.devices(card, int(way[0]))
+  shape = list(shape)
+  shape[axis] *= len(devices)
+  x = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+  labels = jax.ShapeDtypeStruct((shape[axis],), jnp.int32)
+  variables = jax.eval_shape(network.init, jax.random.key(0), x)
+  arguments = variables, x, labels
+  program = WAYS[way](network, arguments, axis, devices).compile()
+  told = hlo.summary(program.as_text())
+  return {
+    'kernels': told['kernels'],
+    'MiB moved': told['moved_bytes'] / 2**20,
+    'MiB temporary': program.memory_analysis().temp_size_in_bytes / 2**20,
+    **told['collectives'],
+  }
+
+
+def table(cases):
+  """Prints the table, and returns its rows; a twin comes before its network."""
+  print('| ' + ' | '.join([*COLUMNS, *NUMBERS, 'collectives']) + ' |')
+  print('| --- ' * (len(COLUMNS) + len(NUMBERS) + 1) + '|')
+  rows, twin = [], {}
+  for case in cases:
+    row = measure(*case)
+    twin = row if case[-1] == 'ReLU' else twin
+    cells = [
+      f'{row[n]:.0f}' + f' ({row[n] / twin[n]:.2f})' * (row is not twin)
+      for n in NUMBERS
+    ]
+    sent = (f'{row[n]} {n}' for n in row if n not in NUMBERS)
+    cells = [*map(str, case), *cells, ', '.join(sent)]
+    print('| ' + ' | '.join(cells) + ' |', flush=True)
+    rows.append(dict(zip(COLUMNS, case, strict=True)) | row)
+  return rows
+
+
+def grown(rows, kept):
+  """Returns a line for every number that is larger than it should be."""
+  return [
+    f'{", ".join(str(row[c]) for c in COLUMNS)}: {name} {row[name]:.6g}, '
+    f'kept {old.get(name, 0):.6g}'
+    for row, old in zip(rows, kept, strict=True)
+    for name in row
+    if name not in COLUMNS and row[name] > GROWTH * old.get(name, 0)
+  ]
 
 
 def main():
   """Prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  for name, default in (
-    ('cards', 'h100,rtx4090'),
-    ('dtypes', 'bfloat16,float32'),
-    ('networks', ','.join(NETWORKS)),
-  ):
-    parser.add_argument(f'--{name}', default=default, help=f'of {default}')
+  choices = {
+    'cards': ['h100', 'rtx4090'],
+    'dtypes': ['bfloat16', 'float32'],
+    'networks': list(NETWORKS),
+    'ways': list(WAYS),
+  }
+  for name, default in choices.items():
+    parser.add_argument(
+      f'--{name}',
+      default=default,
+      type=lambda text: text.split(','),
+      help='of ' + ','.join(default),
+    )
   parser.add_argument('--json', metavar='FILE', help='write every number there')
+  parser.add_argument(
+    '--check', metavar='FILE', help='compare with those that --json wrote'
+  )
   arguments = parser.parse_args()
-  rows = []
-  print('| ' + ' | '.join([*COLUMNS, *NUMBERS, 'collectives']) + ' |')
-  print('| --- ' * (len(COLUMNS) + len(NUMBERS) + 1) + '|')
-  for card in arguments.cards.split(','):
-    for dtype in arguments.dtypes.split(','):
-      for name in arguments.networks.split(','):
-        for num_devices in (1, 4):
-          twin = None
-          for relu in (True, False):
-            row = measure(name, relu, dtype, card, num_devices)
-            twin = twin or row
-            cells = [
-              f'{row[n]:.0f}' + (f' ({row[n] / twin[n]:.2f})' * (not relu))
-              for n in NUMBERS
-            ]
-            sent = {n: row[n] for n in row if n not in NUMBERS}
-            cells.append(', '.join(f'{c} {n}' for n, c in sent.items()))
-            neurons = 'ReLU' if relu else 'spiking'
-            of = card, dtype, name, num_devices, neurons
-            print('| ' + ' | '.join(map(str, [*of, *cells])) + ' |', flush=True)
-            rows.append(dict(zip(COLUMNS, of, strict=True)) | row)
+  jax.config.update('jax_platforms', 'cpu')
+  if arguments.check:
+    kept = json.loads(pathlib.Path(arguments.check).read_text())
+    cases = [tuple(row[c] for c in COLUMNS) for row in kept['rows']]
+  else:
+    chosen = (getattr(arguments, name) for name in choices)
+    cases = itertools.product(*chosen, ('ReLU', 'spiking'))
+  rows = table(cases)
   if arguments.json:
-    pathlib.Path(arguments.json).write_text(json.dumps(rows, indent=1))
+    found = {'jax': jax.__version__, 'rows': rows}
+    text = json.dumps(found, indent=1) + '\n'
+    pathlib.Path(arguments.json).write_text(text)
+  elif arguments.check and (lines := grown(rows, kept['rows'])):
+    sys.exit(
+      '\n'.join(lines)
+      + f'\nGrown by more than a tenth; kept with jax {kept["jax"]}, this is '
+      f'{jax.__version__}. If it is meant, this writes the new figures:\n'
+      f'  python -m benchmarks.gpu --check {arguments.check} '
+      f'--json {arguments.check}'
+    )
 
 
 if __name__ == '__main__':

@@ -42,15 +42,15 @@ def relu_twin(network):
   return Twin
 
 
-def loss_and_gradients(network):
-  """The step, of variables, images and labels."""
+def loss_and_gradients(network, pool=lambda loss: loss):
+  """The step, of variables, images and labels; `pool` is of the loss."""
 
   def step(variables, x, labels):
     def loss(params):
       logits, updates = network.apply(
         {**variables, 'params': params}, x, train=True, mutable=['batch_stats']
       )
-      return losses.cross_entropy(logits, labels).mean(), updates
+      return pool(losses.cross_entropy(logits, labels).mean()), updates
 
     return jax.value_and_grad(loss, has_aux=True)(variables['params'])
 

@@ -220,22 +220,26 @@ def _near_mean(x, per, mask):
 
   Elsewhere than on CPU a single entry: a mean would take two kernels more.
   """
-  # Of one example only, so that a sharded batch need not be gathered.
-  if mask is None:
-    lead = min(x.ndim - per, max(1 + per, x.ndim - 3))
-    sample = x[(0,) * lead]
-  else:  # A real one, if there is any.
-    examples = x.reshape(-1, *x.shape[mask.ndim :])
-    sample = examples[jnp.argmax(mask.reshape(-1))]
-    sample = jnp.where(jnp.any(mask), sample, 0)
-    sample = sample[(0,) * max(0, sample.ndim - 3)]
-  sample = sample.reshape(-1, *x.shape[x.ndim - per :])
-  sample = sample[:: max(1, len(sample) // 64)]
-  return lax.platform_dependent(
-    sample,
-    cpu=lambda sample: sample[0] + jnp.mean(sample - sample[:1], 0),
-    default=lambda sample: sample[0],
-  )
+  lead = min(x.ndim - per, 1 + per)
+  if mask is not None:  # Of a real example, if there is any.
+    lead = 0
+    x = x.reshape(-1, *x.shape[mask.ndim :])[jnp.argmax(mask.reshape(-1))]
+    x = jnp.where(jnp.any(mask), x, 0)
+  size = math.prod(x.shape[lead : x.ndim - per])
+  entries = x.reshape(*x.shape[:lead], size, *x.shape[x.ndim - per :])
+
+  # Of every example first: a sharded batch then stays where it is, also where
+  # the channels are sharded as parameters are.
+  def some(entries):
+    few = lax.slice_in_dim(entries, 0, None, max(1, size // 16), lead)
+    axes = tuple(range(lead + 1))
+    largest = jnp.max(few, axes)
+    return largest + jnp.mean(few - largest, axes)
+
+  def single(entries):
+    return lax.index_in_dim(entries, 0, lead, keepdims=False)[(0,) * lead]
+
+  return lax.platform_dependent(entries, cpu=some, default=single)
 
 
 def sums(terms: tuple[jax.Array, ...], per: int = 0) -> tuple[jax.Array, ...]:

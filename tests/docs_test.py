@@ -1,4 +1,4 @@
-"""What the pages show runs as it stands there."""
+"""What the pages of docs/ show runs as it stands there."""
 
 import pathlib
 import re
@@ -19,3 +19,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     exec(compile(block, f'{page.name}, block {i}', 'exec'), namespace)
   if page.stem == 'sequences':
     assert namespace['accuracy'] > 0.9
+  if page.stem == 'devices':
+    ways = (namespace[f'{way}loss'] for way in ('', 'pmap_', 'shard_map_'))
+    first, *others = map(float, ways)
+    assert others == pytest.approx([first] * 2, rel=1e-4)

@@ -1,5 +1,6 @@
 """The plan of a run: every number against a count of its own."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import digits, digits_dvs
-from train import data, plan
+from train import cards, data, hlo, plan, watch
 from train import step as step_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -24,6 +25,7 @@ def tiny(module=digits, **fields):
   """A config of a size for tests."""
   config = module.get_config()
   config.update(batch_size=16, num_steps=2, model_args={'stages': ((4,),)})
+  config.update(watch_every=0)
   config.update(fields)
   return config
 
@@ -99,58 +101,6 @@ def test_a_scan_counts_its_body_each_time():
   assert count(function, (2, 5), (5, 5)) == 21 * one
   # The forward pass once more for the checkpoint, and two products each.
   assert count(gradients(function), (2, 5), (5, 5)) == 21 * 4 * one
-
-
-# Collectives.
-
-HLO = """HloModule jit_step, is_scheduled=true
-
-%sum (a: f32[], b: f32[]) -> f32[] {
-  ROOT %add = f32[] add(%a, %b)
-}
-
-%inner (p: f32[4,2]) -> f32[4,2] {
-  %p = f32[4,2]{1,0} parameter(0)
-  ROOT %all-reduce.1 = f32[4,2]{1,0} all-reduce(%p), to_apply=%sum
-}
-
-%body.2_spmd (state: (s32[], f32[4,2])) -> (s32[], f32[4,2]) {
-  %g = f32[4,2]{1,0} get-tuple-element(%state), index=1
-  %gather = bf16[8]{0} all-gather(%h), dimensions={0}
-  ROOT %call = f32[4,2]{1,0} call(%g), to_apply=%inner
-}
-
-%condition (state: (s32[], f32[4,2])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %n), direction=LT
-}
-
-ENTRY %main.9_spmd (x: f32[4,2]) -> (f32[3]) {
-  %while = (s32[], f32[4,2]{1,0}) while(%t), condition=%condition, \
-body=%body.2_spmd, backend_config={"known_trip_count":{"n":"5"}}
-  %all-reduce.3 = (f32[3]{0}, /*index=1*/pred[7]{0}, f64[]) \
-all-reduce(%a, %b, %c), to_apply=%sum
-  ROOT %tuple = (f32[3]{0}) tuple(%get-tuple-element(%all-reduce.3))
-}
-"""
-
-
-def test_collectives_of_a_program_by_hand():
-  found = plan.collectives(HLO)
-  assert sorted(found) == [16] * 5 + [12 + 7 + 8] + [32] * 5
-
-
-def test_collectives_of_a_compiled_program():
-  def function(x):
-    def body(carry, _):
-      return jax.lax.psum(jnp.sin(carry), 'batch'), None
-
-    x = jax.lax.scan(body, x, length=6)[0]
-    return jax.lax.pmean(x[:2].astype(jnp.bfloat16), 'batch')
-
-  step = jax.pmap(function, axis_name='batch')
-  compiled = step.lower(jax.ShapeDtypeStruct((4, 3), jnp.float32)).compile()
-  found = plan.collectives(compiled.as_text())
-  assert found[:6] == [12] * 6 and len(found) == 7
 
 
 # Data that are not there.
@@ -253,11 +203,25 @@ def test_memory_and_collectives_are_the_steps_own(found):
   # The moments of tdBN and of two membranes, from each of four devices; then
   # the gradients of tdBN's and of the parameters, loss and accuracy.
   *forward, rest = 4 * 2 * 4, 4 * 2, 4 * 2, 4 * 2 * 4 + 695 + 2
-  carried = plan.collectives(compiled.as_text())
+  carried = [each.bytes for each in hlo.collectives(compiled.as_text())]
   assert carried[:3] == [4 * count for count in forward]
   assert sum(carried[3:]) == 4 * rest
   assert found['collectives'] == len(carried)
   assert found['collective_bytes'] == sum(carried)
+
+
+def test_a_watched_step_counts_where_it_is_larger(found):
+  config = tiny(num_epochs=3, validation_fraction=0.0, watch_every=5)
+  both = plan.plan(config)
+  assert both.keys() - found.keys() == {'watch_bytes'}
+  dataset = plan.load(config)
+  _, state, batch = plan.create_train_step(config, dataset)
+  look = watch.create_watch_step(config, data.describe(dataset))
+  program = look.lower(step_lib.variables(state), batch).compile()
+  temporary = program.memory_analysis().temp_size_in_bytes
+  assert both['watch_bytes'] == temporary
+  larger = max(0, temporary - found['activation_bytes'])
+  assert both['memory_bytes'] == found['memory_bytes'] + larger
 
 
 def test_the_step_is_the_one_that_trains(tmp_path):
@@ -321,37 +285,105 @@ memory of a device                             25.02 GB
 More than 24 GB: choose a smaller batch."""
 
 
+GPU_TABLE = """\
+kernels a step                                   673
+bytes moved by our own                          3.31 GB
+collectives a step                                12
+their bytes                                    51.15 MB
+
+parameters, optimiser, statistics               1.00 kB
+3 batches                                      16.00 MB
+activations                                    25.00 GB
+or those of a watched step                     20.00 GB
+memory of a device                             25.02 GB
+It fits into 40 GB.
+As compiled for h100; what cuDNN takes comes on top.
+The largest batch that fits: about 1,234, by a line
+through the memory for this batch and for one twice as large."""
+
+
 def test_table():
   expected = TABLE.splitlines()
   assert plan.table(FOUND | COMPILED, 24) == expected
   assert plan.table(FOUND, 24) == expected[:8]
-  more = FOUND | COMPILED | {'fits': True}
-  assert plan.table(more, 40)[-1] == 'It fits into 40 GB.'
+  of_gpu = {
+    'gpu': 'h100',
+    'kernels': 673,
+    'moved_bytes': 3_310_000_000,
+    'largest_batch_size': 1234,
+    'watch_bytes': 20_000_000_000,
+    'fits': True,
+  }
+  lines = plan.table(FOUND | COMPILED | of_gpu, 40)
+  assert lines == expected[:8] + ['', *GPU_TABLE.splitlines()]
+
+
+# GPUs that are not there.
+
+
+def test_a_missing_plugin_is_one_line(monkeypatch):
+  def unknown(**_):
+    raise NotImplementedError('topology not implemented for cuda')
+
+  monkeypatch.setattr(cards.topologies, 'get_topology_desc', unknown)
+  with pytest.raises(ValueError, match=r'pip install -e .*plan-gpu'):
+    plan.plan(tiny(), gpu='h100')
+
+
+def test_what_is_known_of_the_cards():
+  assert cards.NAMES == ('a100', 'h100', 'rtx4090')
+  assert [round(cards.memory(card) / 2**30) for card in cards.NAMES] == [
+    79, 79, 24,
+  ]  # fmt: skip
+
+
+def command(*args):
+  return subprocess.run(
+    [sys.executable, '-m', 'train.plan', *args],
+    cwd=ROOT,
+    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.jax_cache')},
+    capture_output=True,
+    text=True,
+  )
+
+
+SMALL = (
+  '--config=configs/digits.py', '--config.num_steps=2',
+  '--config.model_args.stages=((4,),)', '--devices=2', '--json',
+)  # fmt: skip
+
+
+@pytest.mark.sample
+@pytest.mark.skipif(
+  not importlib.util.find_spec('jax_cuda13_plugin'),
+  reason="JAX's CUDA plugin is not installed",
+)
+def test_the_largest_batch_of_a_gpu_fits():
+  def run(*args):
+    done = command(*SMALL, '--gpu=h100', *args)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+  found = run('--memory=0.003')
+  assert found['kernels'] > 50 and found['collectives'] > 0
+  assert found['moved_bytes'] > found['activation_bytes'] > 0
+  most = found['largest_batch_size']
+  assert most % 2 == 0
+  there = run('--memory=0.003', f'--config.batch_size={most}')
+  assert 0.9 < there['memory_bytes'] / 0.003e9 < 1.1
 
 
 @pytest.mark.sample
 def test_the_command():
-  def run(*args):
-    return subprocess.run(
-      [sys.executable, '-m', 'train.plan', *args],
-      cwd=ROOT,
-      env=os.environ | {'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.jax_cache')},
-      capture_output=True,
-      text=True,
-    )
-
-  done = run(
-    '--config=configs/digits.py', '--config.num_steps=2',
-    '--config.model_args.stages=((4,),)', '--devices=2', '--json',
-  )  # fmt: skip
+  done = command(*SMALL)
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout)
   assert found['num_devices'] == 2 and found['fits'] is True
   assert found['collectives'] > 0
-  done = run('--config=configs/cifar10_resnet19.py', '--nocompile')
+  done = command('--config=configs/cifar10_resnet19.py', '--nocompile')
   assert done.returncode == 0, done.stderr
   assert 'Collectives' not in done.stdout
   assert done.stdout.splitlines()[-1].split()[-1] == '200,000'
-  done = run('--config=configs/digits.py', '--devices=3', '--nocompile')
+  done = command('--config=configs/digits.py', '--devices=3', '--nocompile')
   assert done.returncode == 1 and done.stdout == ''
   assert done.stderr.startswith('error: config.batch_size must be a multiple')

@@ -173,28 +173,30 @@ def test_four_devices_equal_one(settings, start):
   close(with_shard_map(pooled, *batch), expected)
 
 
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize(
-  'train', [True, pytest.param(False, marks=pytest.mark.sample)]
-)
-def test_a_sharded_batch_stays_where_it_is(train, kind):
-  """Nothing of it is sent to another device, images and frames alike."""
-  mesh = jax.make_mesh((4,), ('batch',), axis_types=(kind,))
+class Convolutional(nn.Module):
+  """Convolutions, tdBN, neurons, pools and dense layers."""
 
-  class Convolutional(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      mode = {'use_running_average': not train}
-      for features in (4, 6):
-        x = snn.Conv(features, (3, 3), use_bias=False)(x)
-        norm = snn.TdBatchNorm(**mode).affine(x)
-        x = snn.SpikingNeuron(num_steps=4, **mode)(x, norm=norm)
-        x = snn.max_pool(x, (2, 2), strides=(2, 2))
-      x = snn.avg_pool(x, x.shape[2:4])
-      x = snn.SpikingNeuron(num_steps=4, **mode)(snn.Dense(5)(x[:, :, 0, 0]))
-      return snn.Dense(3)(x)
+  train: bool = True
 
-  net = Convolutional()
+  @nn.compact
+  def __call__(self, x):
+    """Frames [T, B, H, W, C] to logits [T, B, K]."""
+    mode = {'use_running_average': not self.train}
+    for features in (4, 8):
+      x = snn.Conv(features, (3, 3), use_bias=False)(x)
+      norm = snn.TdBatchNorm(**mode).affine(x)
+      x = snn.SpikingNeuron(num_steps=4, **mode)(x, norm=norm)
+      x = snn.max_pool(x, (2, 2), strides=(2, 2))
+    x = snn.avg_pool(x, x.shape[2:4])
+    x = snn.SpikingNeuron(num_steps=4, **mode)(snn.Dense(12)(x[:, :, 0, 0]))
+    return snn.Dense(4)(x)
+
+
+def sent(net, mesh, spec_of):
+  """What a sharded step sends, `(entries of the largest array, how)`.
+
+  And the parameters; `spec_of` tells how one is sharded.
+  """
   x, labels = jnp.zeros((4, 8, 8, 8, 2)), jnp.arange(8) % 3
   variables = net.init(jax.random.key(0), x)
 
@@ -207,15 +209,57 @@ def test_a_sharded_batch_stays_where_it_is(train, kind):
   def shard(a, *spec):
     return jax.device_put(a, NamedSharding(mesh, P(*spec)))
 
-  arguments = shard(x, None, 'batch'), shard(labels, 'batch')
+  params = jax.tree.map(lambda a: shard(a, *spec_of(a)), variables['params'])
+  arguments = params, shard(x, None, 'batch'), shard(labels, 'batch')
   step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-  text = step.lower(shard(variables['params']), *arguments).compile().as_text()
-  sent = r' = (.*?) (all-to-all|collective-permute|all-gather|all-reduce)\('
-  for shape, how in re.findall(sent, text):
+  text = step.lower(*arguments).compile().as_text()
+  collectives = (
+    r' = (.*?) (all-to-all|collective-permute|all-gather|all-reduce'
+    r'|reduce-scatter)\('
+  )
+  found = []
+  for shape, how in re.findall(collectives, text):
     sizes = re.findall(r'\[([\d,]*)\]', shape)
-    most = max(math.prod(map(int, filter(None, s.split(',')))) for s in sizes)
-    assert how in ('all-reduce', 'all-gather'), (shape, how)
-    assert most <= 8 * 8 * 4, (shape, how)  # Less than an example's.
+    found.append(
+      (max(math.prod(map(int, filter(None, s.split(',')))) for s in sizes), how)
+    )
+  return found, params
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  'train', [True, pytest.param(False, marks=pytest.mark.sample)]
+)
+def test_a_sharded_batch_stays_where_it_is(train, kind):
+  """Nothing of it is sent to another device, images and frames alike."""
+  mesh = jax.make_mesh((4,), ('batch',), axis_types=(kind,))
+  found, params = sent(Convolutional(train), mesh, lambda a: ())
+  largest = max(a.size for a in jax.tree.leaves(params))
+  for most, how in found:
+    assert how in ('all-reduce', 'all-gather'), (most, how)
+    assert most <= largest, (most, how)
+
+
+@pytest.mark.parametrize(
+  'axis', [-1, pytest.param(-2, marks=pytest.mark.sample)]
+)
+def test_of_sharded_parameters_they_alone_are_gathered(axis):
+  """Each device keeps a quarter of what can be split; the batch stays."""
+
+  def spec(a):
+    spec = [None] * a.ndim
+    if a.ndim >= -axis and a.shape[axis] % 4 == 0:
+      spec[axis] = 'batch'
+    return spec
+
+  found, params = sent(Convolutional(), MESH, spec)
+  sizes = [a.size for a in jax.tree.leaves(params)]
+  assert {how for _, how in found} <= {
+    'all-gather', 'all-reduce', 'reduce-scatter',
+  }, found  # fmt: skip
+  gathered = [most for most, how in found if how == 'all-gather']
+  assert gathered and all(most in sizes for most in gathered), (found, sizes)
+  assert all(most <= max(sizes) for most, _ in found), found
 
 
 @float64

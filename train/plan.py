@@ -1,18 +1,18 @@
 """Says what a run will take, without running it and without its data.
 
-  python -m train.plan --config=configs/cifar10_resnet19.py
+  python -m train.plan --config=configs/cifar10_resnet19.py [--gpu=h100]
 
 Takes the same `--config.FIELD=...` as `train.main`. It traces the job's own
-training step and compiles it for virtual CPU devices, which shows what each of
-them keeps and sends. A GPU's compiler arranges memory in its own way: what is
-needed there is near to this, not the same. Of a GPU's memory JAX takes 75 %, or
-the share that XLA_PYTHON_CLIENT_MEM_FRACTION says.
+training step and compiles it, and where `config.watch_every` asks for it the
+look inside as well, for virtual CPU devices: this shows what each of them keeps
+and sends. A GPU's compiler arranges memory in its own way: with `--gpu` it is
+asked itself, and tells kernels, traffic and the largest batch too. No GPU need
+be there, only the plugin of the extra `plan-gpu`. Of a GPU's memory JAX takes
+75 %, or the share that XLA_PYTHON_CLIENT_MEM_FRACTION says.
 """
 
-import functools
 import json
 import math
-import re
 import sys
 
 import jax
@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from jax.extend.core import jaxprs_in_params
 
-from train import command, data, settings
+from train import cards, command, data, hlo, settings, watch
 from train import step as step_lib
 from train.datasets import sources
 
@@ -29,7 +29,13 @@ DEVICES = flags.DEFINE_integer(
   'devices', 4, 'How many devices train together.', lower_bound=1
 )
 MEMORY = flags.DEFINE_float(
-  'memory', 24, 'What each of them has, in GB.', lower_bound=0
+  'memory',
+  None,
+  "What each of them may take, in GB: 24, or 75 % of the GPU's.",
+  lower_bound=0,
+)
+GPU = flags.DEFINE_enum(
+  'gpu', None, cards.NAMES, 'Compile for GPUs of this name, there or not.'
 )
 COMPILE = flags.DEFINE_bool(
   'compile', True, 'Compile, for memory and collectives: a minute or two.'
@@ -47,10 +53,7 @@ NUM_EXAMPLES = {
 }
 SIDE = 256  # Of images of many sizes, before they are cropped.
 BATCHES = 3  # On a device at a time: one in use, two under way.
-COLLECTIVE = (
-  r' = (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|'
-  r'reduce-scatter)\('
-)
+SHARE = 0.75  # Of a GPU's memory, that JAX takes.
 
 
 def load(config):
@@ -75,8 +78,13 @@ def load(config):
   return data.Dataset(train, validation, test, shape, num_classes, mean, std)
 
 
-def create_train_step(config, dataset):
+def create_train_step(config, dataset, devices=None):
   """Returns the job's training step, and the shapes of what it takes.
+
+  Args:
+    config: the run's.
+    dataset: a `Dataset`.
+    devices: as many as there are, to compile for; None for these.
 
   Returns:
     `(step, state, batch)`: the mapped function of `train/step.py`, and its
@@ -86,7 +94,10 @@ def create_train_step(config, dataset):
 
   def create():
     state, step = step_lib.create_train_step(
-      config, data.describe(dataset), data.steps_per_epoch(dataset, config)
+      config,
+      data.describe(dataset),
+      data.steps_per_epoch(dataset, config),
+      devices,
     )
     steps.append(step)
     return state
@@ -129,64 +140,69 @@ def flops(jaxpr):
   return total
 
 
-def collectives(hlo):
-  """Finds the collectives of a compiled program.
-
-  Args:
-    hlo: the program's text.
-
-  Returns:
-    A list of the bytes that each of them brings to a device; those in the body
-    of a loop are there as often as it runs.
-  """
-  found = re.findall(r'^(ENTRY )?%?([\w.-]+) \(.*?\n(.*?)^}', hlo, re.M | re.S)
-  bodies = {name: body.splitlines() for _, name, body in found}
-  (entry,) = (name for is_entry, name, _ in found if is_entry)
-
-  @functools.cache
-  def inside(name):
-    sizes = []
-    for line in bodies[name]:
-      if match := re.search(COLLECTIVE, line):
-        sizes.append(shape_bytes(match[1]))
-      trips = re.search(r'"known_trip_count":{"n":"(\d+)"}', line)
-      for callee in re.findall(r'(?:body|calls|to_apply)=%?([\w.-]+)', line):
-        sizes += inside(callee) * (int(trips[1]) if trips else 1)
-    return sizes
-
-  return inside(entry)
-
-
-def shape_bytes(shape):
-  """The bytes of an HLO shape, as `f32[4,2]{1,0}` or a tuple of such."""
-  total = 0
-  for dtype, sizes in re.findall(r'(\w+)\[([\d,]*)\]', shape):
-    bits = int(re.sub(r'\D', '', dtype) or 8)  # A pred has a byte.
-    total += bits // 8 * math.prod(int(n) for n in sizes.split(',') if n)
-  return total
-
-
 def tree_bytes(tree):
   """The bytes of a tree of arrays."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def plan(config, memory=24, compile=True):
+def compiled(steps, batch, gpu=None):
+  """Compiles mapped functions of `(what all devices have, batch)`.
+
+  Args:
+    steps: `{name: (function, first argument)}`.
+    batch: of all devices.
+    gpu: of which card the functions' devices are; None for CPU.
+
+  Returns:
+    `{name: program}`.
+  """
+  build = jax.stages.Lowered.compile if gpu else step_lib.compile_step
+  return {
+    name: build(step.lower(first, batch))
+    for name, (step, first) in steps.items()
+  }
+
+
+def needs(programs, state, batch):
+  """Returns the bytes that a device needs, by what for, and in all.
+
+  Args:
+    programs: `{name: program}`; they run one after the other.
+    state: what all devices have.
+    batch: of all devices.
+  """
+  always = {
+    'state_bytes': tree_bytes(state),
+    'batch_bytes': BATCHES * tree_bytes(batch) // len(batch['label']),
+  }
+  temporary = {
+    name: program.memory_analysis().temp_size_in_bytes
+    for name, program in programs.items()
+  }
+  total = sum(always.values()) + max(temporary.values())
+  return always | temporary | {'memory_bytes': total}
+
+
+def plan(config, memory=24, compile=True, gpu=None):
   """Returns what a run takes on the devices there are; of numbers and names.
 
   Args:
     config: the run's.
-    memory: GB of a device.
+    memory: GB that a device may take.
     compile: whether to compile, for memory and collectives.
+    gpu: one of `cards.NAMES`, of which as many devices are taken to be there;
+      None for these.
 
   Raises:
-    ValueError: what `loop.train` raises before its first step.
+    ValueError: what `loop.train` raises before its first step, and what
+      `cards.devices` raises.
   """
   settings.check(config)
+  num_devices = jax.device_count()
+  devices = cards.devices(gpu, num_devices) if gpu else None
   dataset = load(config)
   model = step_lib.create_model(config, dataset.num_classes)
-  step, state, batch = create_train_step(config, dataset)
-  num_devices = jax.device_count()
+  step, state, batch = create_train_step(config, dataset, devices)
   steps_per_epoch = data.steps_per_epoch(dataset, config)
   image = batch['image'].update(shape=(1, *dataset.example_shape))
   inference = jax.make_jaxpr(
@@ -213,21 +229,40 @@ def plan(config, memory=24, compile=True):
     'steps_per_epoch': steps_per_epoch,
     'total_steps': config.num_epochs * steps_per_epoch,
   }
-  if compile:
-    print(f'compiling for {num_devices} devices ...', file=sys.stderr)
-    compiled = step_lib.compile_step(step.lower(state, batch))
-    sizes = collectives(compiled.as_text())
-    parts = {
-      'state_bytes': tree_bytes(state),
-      'batch_bytes': BATCHES * tree_bytes(batch) // num_devices,
-      'activation_bytes': compiled.memory_analysis().temp_size_in_bytes,
-    }
-    total = sum(parts.values())
-    result |= parts | {
-      'memory_bytes': total,
-      'fits': total <= memory * 1e9,
-      'collectives': len(sizes),
-      'collective_bytes': sum(sizes),
+  if not compile:
+    return result
+  kind = f'{gpu}s' if gpu else 'devices'
+  print(f'compiling for {num_devices} {kind} ...', file=sys.stderr)
+  steps = {'activation_bytes': (step, state)}
+  if config.watch_every:
+    look = watch.create_watch_step(
+      config, data.describe(dataset), devices=devices
+    )
+    steps['watch_bytes'] = look, step_lib.variables(state)
+  programs = compiled(steps, batch, gpu)
+  told = hlo.summary(programs['activation_bytes'].as_text())
+  result |= needs(programs, state, batch)
+  room = memory * 1e9 - result['memory_bytes']
+  result |= {
+    'fits': room >= 0,
+    'collectives': sum(told['collectives'].values()),
+    'collective_bytes': told['collective_bytes'],
+  }
+  if gpu:
+    double = jax.tree.map(
+      lambda x: x.update(shape=(x.shape[0], 2 * x.shape[1], *x.shape[2:])),
+      batch,
+    )
+    more = needs(compiled(steps, double, gpu), state, double)['memory_bytes']
+    more -= result['memory_bytes']
+    # By a line: as many more examples on each device as there is room for.
+    each = config.batch_size // num_devices
+    each = max(0, each + math.floor(room / more * each))
+    result |= {
+      'gpu': gpu,
+      'kernels': told['kernels'],
+      'moved_bytes': told['moved_bytes'],
+      'largest_batch_size': each * num_devices,
     }
   return result
 
@@ -255,21 +290,36 @@ def table(found, memory):
     row('steps an epoch', found['steps_per_epoch']),
     row(f'steps in {found["num_epochs"]} epochs', found['total_steps']),
   ]
-  if 'fits' in found:
+  if 'fits' not in found:
+    return lines
+  lines += ['']
+  if 'gpu' in found:
     lines += [
-      '',
-      row('collectives a step', found['collectives']),
-      row('their bytes', found['collective_bytes'], 'B'),
-      '',
-      row('parameters, optimiser, statistics', found['state_bytes'], 'B'),
-      row(f'{BATCHES} batches', found['batch_bytes'], 'B'),
-      row('activations', found['activation_bytes'], 'B'),
-      row('memory of a device', found['memory_bytes'], 'B'),
+      row('kernels a step', found['kernels']),
+      row('bytes moved by our own', found['moved_bytes'], 'B'),
     ]
-    if found['fits']:
-      lines += [f'It fits into {memory:g} GB.']
-    else:
-      lines += [f'More than {memory:g} GB: choose a smaller batch.']
+  lines += [
+    row('collectives a step', found['collectives']),
+    row('their bytes', found['collective_bytes'], 'B'),
+    '',
+    row('parameters, optimiser, statistics', found['state_bytes'], 'B'),
+    row(f'{BATCHES} batches', found['batch_bytes'], 'B'),
+    row('activations', found['activation_bytes'], 'B'),
+  ]
+  if 'watch_bytes' in found:
+    lines += [row('or those of a watched step', found['watch_bytes'], 'B')]
+  lines += [row('memory of a device', found['memory_bytes'], 'B')]
+  if found['fits']:
+    lines += [f'It fits into {memory:.4g} GB.']
+  else:
+    lines += [f'More than {memory:.4g} GB: choose a smaller batch.']
+  if 'gpu' in found:
+    lines += [
+      f'As compiled for {found["gpu"]}; what cuDNN takes comes on top.',
+      f'The largest batch that fits: about {found["largest_batch_size"]:,}, by '
+      'a line',
+      'through the memory for this batch and for one twice as large.',
+    ]
   return lines
 
 
@@ -277,11 +327,14 @@ def main():
   """Prints the plan, for people or as JSON."""
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', DEVICES.value)
-  found = plan(command.CONFIG.value, MEMORY.value, COMPILE.value)
+  gpu, memory = GPU.value, MEMORY.value
+  if memory is None:
+    memory = SHARE * cards.memory(gpu) / 1e9 if gpu else 24
+  found = plan(command.CONFIG.value, memory, COMPILE.value, gpu)
   if command.JSON.value:
     print(json.dumps(found))
   else:
-    print(*table(found, MEMORY.value), sep='\n')
+    print(*table(found, memory), sep='\n')
 
 
 if __name__ == '__main__':

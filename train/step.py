@@ -230,7 +230,7 @@ def on_devices(batches):
 
 
 def pmapped(step, **options):
-  """Maps a step of `(state or variables, batch)` over the local devices."""
+  """Maps a step of `(state or variables, batch)` over devices."""
   return jax.pmap(
     step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, **options
   )
@@ -282,8 +282,8 @@ def create_eval_step(config, facts):
   )
 
 
-def create_train_step(config, facts, steps_per_epoch):
-  """Returns the first state and `train_step` over all local devices."""
+def create_train_step(config, facts, steps_per_epoch, devices=None):
+  """Returns the first state and `train_step`, over `devices` or all here."""
   schedule = create_schedule(config, steps_per_epoch)
   optimizer = create_optimizer(config, schedule)
   model = create_model(config, facts['num_classes'], AXIS)
@@ -295,7 +295,7 @@ def create_train_step(config, facts, steps_per_epoch):
     schedule=schedule,
     **objective(config, facts),
   )
-  return state, pmapped(step, donate_argnums=0)
+  return state, pmapped(step, donate_argnums=0, devices=devices)
 
 
 def evaluate(run_eval, variables, batches):

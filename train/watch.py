@@ -73,8 +73,8 @@ def watch_step(variables, batch, *, model, loss, mean, std, train):
   }
 
 
-def create_watch_step(config, facts, train=True):
-  """Returns `watch_step` of `(variables, batch)`, over all local devices."""
+def create_watch_step(config, facts, train=True, devices=None):
+  """Returns `watch_step` of `(variables, batch)`, over `devices` or all."""
   model = step_lib.create_model(config, facts['num_classes'], step_lib.AXIS)
   return step_lib.pmapped(
     functools.partial(
@@ -82,7 +82,8 @@ def create_watch_step(config, facts, train=True):
       model=model,
       train=train,
       **step_lib.objective(config, facts),
-    )
+    ),
+    devices=devices,
   )
 
 

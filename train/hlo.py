@@ -11,6 +11,8 @@ FREE = {
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast',
   'after-all', 'partition-id', 'replica-id', 'optimization-barrier',
 }  # fmt: skip
+# What runs other computations.
+CALLS = {'while', 'call', 'conditional', 'async-start'}
 COLLECTIVE = 'all-|reduce-scatter|collective-permute'
 
 
@@ -87,6 +89,11 @@ def _bytes(shape, size):
   return size * BITS.get(dtype, int(digits[0]) if digits else 0) / 8
 
 
+def _all_bytes(instruction):
+  """The bytes of all that an instruction makes."""
+  return sum(_bytes(shape, _size(shape)) for shape in instruction.shapes)
+
+
 def moved(computation):
   """Bytes that a fused computation reads of each parameter, and writes.
 
@@ -147,6 +154,34 @@ def moved(computation):
   return reads + written
 
 
+def running(computations, entry):
+  """Yields what runs, in order: `(instruction, its computation, times)`.
+
+  What is in a fused computation is not told, what is in a loop's body is.
+  """
+
+  def visit(name, times):
+    for i in computations[name].values():
+      if i.op in CALLS:
+        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', i.attributes)
+        for called in _called(i):
+          yield from visit(called, times * int(trips[1]) if trips else times)
+      elif i.op not in FREE:
+        yield i, computations[name], times
+
+  return visit(entry, 1)
+
+
+def _called(instruction):
+  """The names of the computations that an instruction runs."""
+  branches = re.search(r'branch_computations=\{(.*?)\}', instruction.attributes)
+  return re.findall(
+    r'(?:to_apply|calls|body|condition|true_computation|'
+    r'false_computation)=%?([\w.-]+)',
+    instruction.attributes,
+  ) + re.findall(r'%([\w.-]+)', branches[1] if branches else '')
+
+
 def kernels(text):
   """Every `Kernel` that a compiled program launches.
 
@@ -154,48 +189,54 @@ def kernels(text):
     text: optimised HLO of a GPU.
   """
   computations, entry = parse(text)
-  found = []
 
-  def visit(name, times):
-    computation = computations[name]
-    for i in computation.values():
-      if i.op in FREE or i.op.endswith('-done'):
-        continue
-      called = re.findall(
-        r'(?:to_apply|calls|body|condition|true_computation|'
-        r'false_computation)=%?([\w.-]+)',
-        i.attributes,
-      )
-      branches = re.search(r'branch_computations=\{(.*?)\}', i.attributes)
-      if i.op == 'fusion':
-        size = moved(computations[called[0]])
-        found.append(Kernel('fusion', size, times))
-      elif i.op in ('while', 'call', 'conditional', 'async-start'):
-        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', i.attributes)
-        if branches:
-          called += re.findall(r'%([\w.-]+)', branches[1])
-        for each in called:
-          visit(each, times * int(trips[1]) if trips else times)
-      else:
-        of = [computation[o] for o in i.operands if o in computation]
-        shapes = [shape for each in [i, *of] for shape in each.shapes]
-        size = sum(_bytes(shape, _size(shape)) for shape in shapes)
-        kind = 'library' if i.op == 'custom-call' else i.op
-        found.append(Kernel(kind, size, times))
+  def kernel(i, within, times):
+    if i.op == 'fusion':
+      return Kernel(i.op, moved(computations[_called(i)[0]]), times)
+    operands = [within[name] for name in i.operands if name in within]
+    size = sum(map(_all_bytes, [i, *operands]))
+    return Kernel('library' if i.op == 'custom-call' else i.op, size, times)
 
-  visit(entry, 1)
-  return found
+  return [
+    kernel(*launch)
+    for launch in running(computations, entry)
+    if not launch[0].op.endswith('-done')
+  ]
+
+
+def collectives(text):
+  """Every collective of a compiled program, as a `Kernel`.
+
+  Its bytes are those that it brings to a device.
+
+  Args:
+    text: optimised HLO.
+  """
+  return [
+    Kernel(i.op.removesuffix('-done'), _all_bytes(i), times)
+    for i, _, times in running(*parse(text))
+    if re.match(COLLECTIVE, i.op) and not i.op.endswith('-start')
+  ]
 
 
 def summary(text):
-  """Kernels, MiB that those of our own move, and collectives, by name."""
-  found = kernels(text)
-  collectives = collections.Counter()
-  for kernel in found:
-    if re.match(COLLECTIVE, kernel.kind):
-      collectives[kernel.kind.removesuffix('-start')] += kernel.times
-  own = (k.bytes * k.times for k in found if k.kind != 'library')
+  """What a compiled program launches, moves and sends.
+
+  Args:
+    text: optimised HLO.
+
+  Returns:
+    The number of `kernels`; `moved_bytes`, by those that are no library's;
+    `collectives`, `{name: number}`, and `collective_bytes`.
+  """
+  launched, sent = kernels(text), collectives(text)
+  number = collections.Counter()
+  for each in sent:
+    number[each.kind] += each.times
+  own = (each for each in launched if each.kind != 'library')
   return {
-    'kernels': sum(k.times for k in found),
-    'MiB moved': sum(own) / 2**20,
-  } | dict(collectives)
+    'kernels': sum(each.times for each in launched),
+    'moved_bytes': round(sum(each.bytes * each.times for each in own)),
+    'collectives': dict(number),
+    'collective_bytes': round(sum(each.bytes * each.times for each in sent)),
+  }
