@@ -58,7 +58,7 @@ def _fused(settings, x, v, t, parameters, running, mask, probes):
 
 def _forward(settings, x, v, t, parameters, running, mask, probes):
   outputs = _fused(settings, x, v, t, parameters, running, mask, probes)
-  measured = outputs[2].statistics
+  measured = xla.kept(outputs[2].statistics)
   return outputs, (x, v, t, parameters, running, measured, probes)
 
 
