@@ -2,10 +2,11 @@
 
   pip install --no-deps jax-cuda13-plugin==JAX jax-cuda13-pjrt==JAX
   python -m benchmarks.gpu [--cards h100,rtx4090] [--dtypes bfloat16,float32] \
-      [--networks ResNet-19,...] [--json FILE]
+      [--networks ResNet-19,...] [--ways spiking,packed,layer] [--json FILE]
 
 JAX is jax's own version; neither a driver nor CUDA is needed. Loss and
-gradients of each network beside its twin with ReLU in the place of the neurons:
+gradients of each network beside its twin with ReLU in the place of the neurons,
+as it is, with `pack=True` ('packed') and with `remat='layer'` ('layer'):
 kernels, MiB moved by those that are no library's, temporary MiB (without
 cuDNN's own) and collectives, a device; on one device, and under `jax.jit` with
 the batch sharded over four. Nothing runs, so no time is measured.
@@ -36,6 +37,11 @@ NETWORKS = {
   'ResNet-19': (models.ResNet19, {'num_steps': 2}, 0, (25, 32, 32, 3)),
   'VGGSNN': (models.VGGSNN, {}, 1, (10, 4, 48, 48, 2)),
   'SEW-ResNet-18': (models.SEWResNet18, {}, 0, (8, 224, 224, 3)),
+}
+WAYS = {
+  'spiking': {},
+  'packed': {'pack': True},
+  'layer': {'remat': 'layer'},
 }
 COLUMNS = ('card', 'dtype', 'network', 'devices', 'neurons')
 NUMBERS = ('kernels', 'MiB moved', 'MiB temporary')
@@ -74,10 +80,11 @@ def compiled(network, shape, axis, dtype, mesh):
   return step.lower(*arguments).compile()
 
 
-def measure(name, relu, dtype, card, num_devices):
+def measure(name, way, dtype, card, num_devices):
   """One row of the table."""
   kind, settings, axis, shape = NETWORKS[name]
-  kind = train_step.relu_twin(kind) if relu else kind
+  kind = train_step.relu_twin(kind) if way == 'ReLU' else kind
+  settings = settings | WAYS.get(way, {})
   network = kind(dtype=jnp.dtype(dtype), **settings)
   mesh = mesh_of(card, num_devices)
   program = compiled(network, shape, axis, jnp.dtype(dtype), mesh)
@@ -94,6 +101,9 @@ def main():
     ('networks', ','.join(NETWORKS)),
   ):
     parser.add_argument(f'--{name}', default=default, help=f'of {default}')
+  parser.add_argument(
+    '--ways', default='spiking', help=f'of {",".join(WAYS)}; beside ReLU'
+  )
   parser.add_argument('--json', metavar='FILE', help='write every number there')
   arguments = parser.parse_args()
   rows = []
@@ -104,17 +114,16 @@ def main():
       for name in arguments.networks.split(','):
         for num_devices in (1, 4):
           twin = None
-          for relu in (True, False):
-            row = measure(name, relu, dtype, card, num_devices)
+          for way in ('ReLU', *arguments.ways.split(',')):
+            row = measure(name, way, dtype, card, num_devices)
             twin = twin or row
             cells = [
-              f'{row[n]:.0f}' + (f' ({row[n] / twin[n]:.2f})' * (not relu))
+              f'{row[n]:.0f}' + (f' ({row[n] / twin[n]:.2f})' * (way != 'ReLU'))
               for n in NUMBERS
             ]
             sent = {n: row[n] for n in row if n not in NUMBERS}
             cells.append(', '.join(f'{c} {n}' for n, c in sent.items()))
-            neurons = 'ReLU' if relu else 'spiking'
-            of = card, dtype, name, num_devices, neurons
+            of = card, dtype, name, num_devices, way
             print('| ' + ' | '.join(map(str, [*of, *cells])) + ' |', flush=True)
             rows.append(dict(zip(COLUMNS, of, strict=True)) | row)
   if arguments.json:

@@ -2,9 +2,11 @@
 
 For the gradient of its weights a convolution or a dense layer keeps its input.
 Spikes are 0 or 1, and sums of n layers' spikes (SEW-ADD) whole numbers up to n.
+A maximum pool keeps its input, or, here, which entry of each window it took.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -187,3 +189,75 @@ def _differentiable_once_jvp(primals, tangents):
     'Where packed spikes are kept alone (Packed(..., alone=True), '
     "remat='layer') there are no second derivatives: leave it out for them."
   )
+
+
+def max_pool(x, window_shape, strides=None, padding='VALID') -> jax.Array:
+  """Flax's `max_pool` of any leading axes, which keeps a byte for each window.
+
+  XLA's gradient needs x again and, on GPUs, writes six arrays of four bytes for
+  each window. Forward mode is refused, as by any `jax.custom_vjp`.
+
+  Args:
+    x: [..., *spatial, C], floating point.
+    window_shape: the window's sizes, at most 256 entries in all.
+    strides: the window's; None for 1 each.
+    padding: 'SAME', 'VALID' or a pair of numbers for each axis.
+
+  Returns:
+    The largest entries, [..., *spatial, C]; of equals the first one has the
+    gradient.
+  """
+  sizes = x.shape[-1 - len(window_shape) : -1]
+  strides = tuple(strides or [1] * len(sizes))
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(sizes, window_shape, strides, padding)
+  axes = zip(sizes, window_shape, strides, map(tuple, padding), strict=True)
+  return _pooled(tuple(axes), x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pooled(axes, x):
+  return functools.reduce(jnp.maximum, _entries(axes, x))
+
+
+def _pooled_forward(axes, x):
+  entries = _entries(axes, x)
+  y = functools.reduce(jnp.maximum, entries)
+  first = jnp.full(y.shape, len(entries) - 1, jnp.uint8)
+  for i in reversed(range(len(entries) - 1)):
+    first = jnp.where(entries[i] == y, jnp.uint8(i), first)
+  return y, first
+
+
+def _pooled_backward(axes, first, g):
+  parts = [
+    lax.pad(jnp.where(first == i, g, 0), jnp.zeros((), g.dtype), padding)
+    for i, (padding, _) in enumerate(_places(axes, g.ndim))
+  ]
+  # Each entry's sum goes from its first window to its last, as XLA's does.
+  return (functools.reduce(jnp.add, parts[::-1]),)
+
+
+_pooled.defvjp(_pooled_forward, _pooled_backward)
+
+
+def _entries(axes, x):
+  """The entries of all windows, one array for each place in the window."""
+  lowest = jnp.full((), -jnp.inf, x.dtype)
+  before = [(0, 0, 0)] * (x.ndim - len(axes) - 1)
+  pads = [(*pads, 0) for *_, pads in axes]
+  padded = lax.pad(x, lowest, [*before, *pads, (0, 0, 0)])
+  return [padded[window] for _, window in _places(axes, x.ndim)]
+
+
+def _places(axes, ndim):
+  """For each place in a window where it lies in x: a padding, and slices."""
+  lead = ndim - len(axes) - 1
+  for place in itertools.product(*(range(window) for _, window, *_ in axes)):
+    padding, slices = [], []
+    for i, (size, window, stride, (low, high)) in zip(place, axes, strict=True):
+      last = i + (size + low + high - window) // stride * stride
+      padding.append((i - low, size + low - last - 1, stride - 1))
+      slices.append(slice(i, last + 1, stride))
+    none = [(0, 0, 0)]
+    yield lead * none + padding + none, (..., *slices, slice(None))

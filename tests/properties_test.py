@@ -273,6 +273,7 @@ FUNCTIONS = {
   'packing.unpack': lambda x: (
     x * packing.unpack(packing.pack(x > 0.5, 2), 2, 5, x.dtype)
   ),
+  'packing.max_pool': lambda x: packing.max_pool(x, (2,)),
   'linen.Conv': of_linen(linen.Conv(2, (3,))),
   'nnx.Conv': of_nnx(lambda: snnx.Conv(5, 2, (3,), rngs=nnx.Rngs(0))),
   'linen.TdBatchNorm': of_linen(linen.TdBatchNorm(False)),

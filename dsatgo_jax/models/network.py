@@ -24,6 +24,7 @@ class Parts(NamedTuple):
   norm: Callable
   neuron: Callable
   spiking: Callable
+  max_pool: Callable
 
 
 class Network(nn.Module):
@@ -79,8 +80,12 @@ class Network(nn.Module):
       'axis_name': self.axis_name,
     }
 
+    # What has forward mode might not be spikes, and would lose it.
+    whole = not getattr(self.surrogate, 'forward_mode', False)
+    packs = whole and (self.pack or self.remat)
+
     def conv(*args, spikes=None, **settings):
-      if spikes and (self.pack or self.remat):
+      if packs and spikes:
         settings['conv_general_dilated'] = packing.Packed(
           lax.conv_general_dilated, spikes, alone=bool(self.remat)
         )
@@ -114,6 +119,7 @@ class Network(nn.Module):
         **shared,
       ),
       REMAT[self.remat],
+      packing.max_pool if packs else snn.max_pool,
     )
 
   def static_steps(self, x) -> int | None:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsatgo_jax import initializers
-from dsatgo_jax import linen as snn
 from dsatgo_jax.models.network import Network, Parts
 
 
@@ -102,7 +101,8 @@ class SEWResNet18(Network):
       parts.conv, self.planes[0], (7, 7), strides=(2, 2), padding=3
     )
     x = parts.spiking(stem, parts, self.static_steps(x), name='encode')(x, mask)
-    x = snn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    padding = (1, 1), (1, 1)
+    x = parts.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
     x = _stages(x, mask, self.planes, self.stage_sizes, parts)
     x = jnp.mean(x, axis=(-3, -2))
     bias = initializers.dense_bias(x.shape[-1])
