@@ -2,11 +2,13 @@
 
   pip install -e '.[train,plan-gpu]'
   python -m benchmarks.gpu [--cards h100,rtx4090] [--dtypes bfloat16,float32] \
-      [--networks ResNet-19,...] [--ways 1,4-jit,...] [--json FILE]
+      [--networks ResNet-19,...] [--ways 1,4-jit,...] \
+      [--neurons spiking,packed,layer] [--json FILE]
   python -m benchmarks.gpu --check benchmarks/gpu.json
 
 Neither a driver nor CUDA is needed. Loss and gradients of each network beside
-its twin with ReLU in the place of the neurons: kernels, MiB moved by those that
+its twin with ReLU in the place of the neurons, as it is, with `pack=True`
+('packed') and with `remat='layer'` ('layer'): kernels, MiB moved by those that
 are no library's, temporary MiB (without cuDNN's own) and collectives, a device;
 on one device, and on four under `jax.jit` with a sharded batch, `pmap` and
 `shard_map`. Nothing runs, so no time is measured.
@@ -38,6 +40,11 @@ NETWORKS = {
   'VGGSNN': (models.VGGSNN, {}, 1, (10, 4, 48, 48, 2)),
   'SEW-ResNet-18': (models.SEWResNet18, {}, 0, (8, 224, 224, 3)),
   'ConvNet': (models.ConvNet, {'num_steps': 4}, 0, (16, 8, 8, 1)),
+}
+NEURONS = {
+  'spiking': {},
+  'packed': {'pack': True},
+  'layer': {'remat': 'layer'},
 }
 COLUMNS = ('card', 'dtype', 'network', 'devices', 'neurons')
 NUMBERS = ('kernels', 'MiB moved', 'MiB temporary')
@@ -116,6 +123,7 @@ def measure(card, dtype, name, way, neurons):
   """Returns the numbers of a row of the table."""
   kind, settings, axis, shape = NETWORKS[name]
   kind = train_step.relu_twin(kind) if neurons == 'ReLU' else kind
+  settings = settings | NEURONS.get(neurons, {})
   network = kind(dtype=jnp.dtype(dtype), **settings)
   devices = cards.devices(card, int(way[0]))
   shape = list(shape)
@@ -172,13 +180,14 @@ def main():
     'dtypes': ['bfloat16', 'float32'],
     'networks': list(NETWORKS),
     'ways': list(WAYS),
+    'neurons': list(NEURONS),
   }
-  for name, default in choices.items():
+  for name, known in choices.items():
     parser.add_argument(
       f'--{name}',
-      default=default,
+      default=['spiking'] if name == 'neurons' else known,
       type=lambda text: text.split(','),
-      help='of ' + ','.join(default),
+      help='of ' + ','.join(known),
     )
   parser.add_argument('--json', metavar='FILE', help='write every number there')
   parser.add_argument(
@@ -190,8 +199,8 @@ def main():
     kept = json.loads(pathlib.Path(arguments.check).read_text())
     cases = [tuple(row[c] for c in COLUMNS) for row in kept['rows']]
   else:
-    chosen = (getattr(arguments, name) for name in choices)
-    cases = itertools.product(*chosen, ('ReLU', 'spiking'))
+    arguments.neurons.insert(0, 'ReLU')
+    cases = itertools.product(*(getattr(arguments, name) for name in choices))
   rows = table(cases)
   if arguments.json:
     found = {'jax': jax.__version__, 'rows': rows}

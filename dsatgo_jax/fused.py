@@ -61,7 +61,7 @@ def _fused(settings, x, v, t, theta, parameters, running, mask, probes):
 
 def _forward(settings, x, v, t, theta, parameters, running, mask, probes):
   outputs = _fused(settings, x, v, t, theta, parameters, running, mask, probes)
-  measured = outputs[2].statistics
+  measured = xla.kept(outputs[2].statistics)
   if theta is not None:  # Of each timestep, the one before it.
     theta = jnp.concatenate([theta[None], outputs[2].theta[:-1]])
   return outputs, (x, v, t, theta, parameters, running, measured, probes)

@@ -33,7 +33,7 @@ def measure(
   x = x.astype(statistics.wide(x.dtype))
   channels = jax.P(*jax.typeof(x).sharding.spec[-1:])
   pooled = xla.automatic(functools.partial(_pooled, axis_name), channels)
-  return pooled(x, mask)
+  return xla.kept(pooled(x, mask))
 
 
 def _pooled(axis_name, x, mask):
@@ -45,7 +45,7 @@ def _pooled(axis_name, x, mask):
   if mask is not None:
     parts.append(jnp.full_like(mean, statistics.count(x, 1, mask)))
   means, variances, *counts = jnp.moveaxis(
-    devices.gather(jnp.stack(parts), axis_name), 1, 0
+    xla.kept(devices.gather(jnp.stack(parts), axis_name)), 1, 0
   )
   mean = statistics.weighted_mean(means, *counts)
   point = lax.stop_gradient(mean)
@@ -64,7 +64,7 @@ def _moments(x, mask):
 @_moments.defjvp
 def _moments_jvp(primals, tangents):
   (x, mask), (dx, _) = primals, tangents
-  mean, variance = _moments(x, mask)
+  mean, variance = xla.kept(_moments(x, mask))
   count = statistics.nonzero(statistics.count(x, 1, mask))
 
   def average(a):

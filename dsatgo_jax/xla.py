@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 
 def parts(num_steps):
@@ -135,6 +136,14 @@ def in_memory(a, never):
     cpu=lambda a, never: lax.cond(never, jnp.negative, lambda a: a, a),
     default=lambda a, never: a,
   )
+
+
+def kept(tree):
+  """Statistics that are kept where layers are computed again (`packing.KEPT`).
+
+  Sums in another order would make other thresholds, and other spikes.
+  """
+  return jax.tree.map(lambda a: checkpoint_name(a, 'statistics'), tree)
 
 
 def is_summed(x, axis_name):

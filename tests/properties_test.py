@@ -20,6 +20,7 @@ from dsatgo_jax import (
   losses,
   methods,
   neurons,
+  packing,
   quantile,
   recurrent,
   statistics,
@@ -283,6 +284,11 @@ FUNCTIONS = {
   'time_axis.fold_time': time_axis.fold_time(lambda x: x[:, ::-1] ** 2),
   'time_axis.over_leading_axes': lambda x: linen.max_pool(x[None], (2, 2)),
   'time_axis.batch_major': lambda x: time_axis.batch_major(jnp.sin, x, 1),
+  'packing.pack': lambda x: x * packing.pack(x, 8).astype(x.dtype),
+  'packing.unpack': lambda x: (
+    x * packing.unpack(packing.pack(x > 0.5, 2), 2, 5, x.dtype)
+  ),
+  'packing.max_pool': lambda x: packing.max_pool(x, (2,)),
   'linen.Conv': of_linen(linen.Conv(2, (3,))),
   'nnx.Conv': of_nnx(lambda: snnx.Conv(5, 2, (3,), rngs=nnx.Rngs(0))),
   'linen.TdBatchNorm': of_linen(linen.TdBatchNorm(False)),
@@ -331,6 +337,7 @@ OF_SETTINGS = {
   'recurrent.weights',
   'surrogate.get',
   'layers.resize_time',
+  'packing.width',
   'layers.shared_time',
   'layers.typed_call',
   'layers.static',
@@ -357,7 +364,8 @@ PARTS = {
 def test_no_public_function_is_forgotten():
   modules = (
     surrogate, statistics, devices, threshold, width, methods, dynamics,
-    neurons, recurrent, layers, quantile, tdbn, losses, time_axis, linen, snnx,
+    neurons, recurrent, layers, quantile, packing, tdbn, losses, time_axis,
+    linen, snnx,
   )  # fmt: skip
   public = {
     f'{module.__name__.rpartition(".")[2]}.{name}'

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from dsatgo_jax import linen as snn
 from dsatgo_jax import losses, neurons
 from dsatgo_jax import nnx as snnx
+from dsatgo_jax.packing import Packed
 
 float64 = jax.enable_x64(True)
 MESH = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,))
@@ -177,19 +178,25 @@ class Convolutional(nn.Module):
   """Convolutions, tdBN, neurons, pools and dense layers."""
 
   train: bool = True
+  packed: bool = False
 
   @nn.compact
   def __call__(self, x):
     """Frames [T, B, H, W, C] to logits [T, B, K]."""
     mode = {'use_running_average': not self.train}
+    conv, dense = {}, {}
     for features in (4, 8):
-      x = snn.Conv(features, (3, 3), use_bias=False)(x)
+      x = snn.Conv(features, (3, 3), use_bias=False, **conv)(x)
       norm = snn.TdBatchNorm(**mode).affine(x)
       x = snn.SpikingNeuron(num_steps=4, **mode)(x, norm=norm)
       x = snn.max_pool(x, (2, 2), strides=(2, 2))
+      if self.packed:
+        product = Packed(lax.conv_general_dilated, alone=True)
+        conv = {'conv_general_dilated': product}
+        dense = {'dot_general': Packed(lax.dot_general, alone=True)}
     x = snn.avg_pool(x, x.shape[2:4])
     x = snn.SpikingNeuron(num_steps=4, **mode)(snn.Dense(12)(x[:, :, 0, 0]))
-    return snn.Dense(4)(x)
+    return snn.Dense(4, **dense)(x)
 
 
 def sent(net, mesh, spec_of):
@@ -228,12 +235,17 @@ def sent(net, mesh, spec_of):
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
-  'train', [True, pytest.param(False, marks=pytest.mark.sample)]
+  'train, packed',
+  [
+    (True, False),
+    (True, True),
+    pytest.param(False, False, marks=pytest.mark.sample),
+  ],
 )
-def test_a_sharded_batch_stays_where_it_is(train, kind):
+def test_a_sharded_batch_stays_where_it_is(train, packed, kind):
   """Nothing of it is sent to another device, images and frames alike."""
   mesh = jax.make_mesh((4,), ('batch',), axis_types=(kind,))
-  found, params = sent(Convolutional(train), mesh, lambda a: ())
+  found, params = sent(Convolutional(train, packed), mesh, lambda a: ())
   largest = max(a.size for a in jax.tree.leaves(params))
   for most, how in found:
     assert how in ('all-reduce', 'all-gather'), (most, how)

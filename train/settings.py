@@ -29,7 +29,8 @@ OTHERS = (
 # What may differ when a run is resumed; anything else would be another run.
 FREE = (
   'config.data_dir', 'config.data_path', 'config.log_every',
-  'config.num_workers', 'config.profile', 'config.watch_every',
+  'config.model_args.pack', 'config.model_args.remat', 'config.num_workers',
+  'config.profile', 'config.watch_every',
 )  # fmt: skip
 # How runs went that are older than a field within a field.
 BEFORE = {'config.neuron.surrogate': 'rectangular'}

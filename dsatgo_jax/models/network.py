@@ -6,19 +6,26 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
-from dsatgo_jax import initializers, methods, neurons
+from dsatgo_jax import initializers, methods, neurons, packing
 from dsatgo_jax import linen as snn
 from dsatgo_jax import surrogate as surrogates
 
 
 class Parts(NamedTuple):
-  """Makers of layers, with the network's settings filled in."""
+  """Makers of layers, with the network's settings filled in.
+
+  `conv` takes, as `spikes`, how many layers' spikes its input sums; None for
+  any other input.
+  """
 
   conv: Callable[..., Any]
   dense: Callable[..., Any]
   norm: Callable[..., Any]
   neuron: Callable[..., Any]
+  spiking: Callable[..., Any]
+  max_pool: Callable[..., Any]
 
 
 class Network(nn.Module):
@@ -31,6 +38,11 @@ class Network(nn.Module):
       prediction; or 'leaky', a `LeakyIntegrator` goes over them.
     alpha: tdBN's deviation of the pre-synaptic input, in thresholds.
     axis_name: mapped axis over which all statistics are pooled.
+    pack: whether convolutions keep the spikes that they see in a few bits each
+      for their weights' gradient; not on CPU. See `packing.Packed`.
+    remat: 'layer' keeps of a layer these alone, and its statistics, on CPU too,
+      and computes the output of the weights again for the backward pass, which
+      has no second derivatives then. None does not.
     dtype: of the computation; membranes and statistics are at least float32.
     param_dtype: of the parameters.
   """
@@ -55,19 +67,38 @@ class Network(nn.Module):
   alpha: float = 1.0
   axis_name: Any = None
   fused: bool | None = None
+  pack: bool = False
+  remat: str | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
   def parts(self, train: bool) -> Parts:
     """The makers of this network's layers."""
+    if self.remat not in REMAT:
+      raise ValueError(
+        f"Expected remat to be None or 'layer', got {self.remat!r}."
+      )
     kinds = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
     shared = kinds | {
       'use_running_average': not train,
       'v_th': self.v_th,
       'axis_name': self.axis_name,
     }
+
+    # What has forward mode might not be spikes, and would lose it.
+    spike = surrogates.get(self.surrogate)
+    whole = not getattr(spike, 'forward_mode', False)
+    packs = whole and (self.pack or self.remat)
+
+    def conv(*args, spikes=None, **settings):
+      if packs and spikes:
+        settings['conv_general_dilated'] = packing.Packed(
+          lax.conv_general_dilated, spikes, alone=bool(self.remat)
+        )
+      return snn.Conv(*args, use_bias=False, **kinds, **settings)
+
     return Parts(
-      partial(snn.Conv, use_bias=False, **kinds),
+      conv,
       partial(snn.Dense, kernel_init=initializers.dense_kernel, **kinds),
       partial(
         snn.TdBatchNorm,
@@ -94,6 +125,8 @@ class Network(nn.Module):
         fused=self.fused,
         **shared,
       ),
+      REMAT[self.remat],
+      packing.max_pool if packs else snn.max_pool,
     )
 
   @nn.nowrap
@@ -146,3 +179,7 @@ class Spiking(nn.Module):
     if mask is not None:  # What stands in a neuron's place need not know it.
       neuron = partial(neuron, mask=mask)
     return neuron(x, norm=affine, tdbn_scale=norm.variables['params']['scale'])
+
+
+# Layers by the network's `remat`.
+REMAT = {None: Spiking, 'layer': nn.remat(Spiking, policy=packing.KEPT)}

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsatgo_jax import initializers
-from dsatgo_jax import linen as snn
-from dsatgo_jax.models.network import Network, Parts, Spiking
+from dsatgo_jax.models.network import Network, Parts
 
 
 class Block(nn.Module):
@@ -22,24 +21,26 @@ class Block(nn.Module):
     planes: output channels.
     stride: of the first convolution.
     parts: the network's makers.
+    spikes: how many layers' spikes x sums.
   """
 
   planes: int
   stride: int
   parts: Parts
+  spikes: int
 
   @nn.compact
   def __call__(self, x, mask=None):
     """[T, B, H, W, C] to [T, B, H / stride, W / stride, planes]."""
     conv = partial(self.parts.conv, self.planes)
     stride = (self.stride, self.stride)
-    first = partial(conv, (3, 3), strides=stride, padding=1)
-    y = Spiking(first, self.parts, name='spiking1')(x, mask)
-    second = partial(conv, (3, 3), padding=1)
-    y = Spiking(second, self.parts, name='spiking2')(y, mask)
+    first = partial(conv, (3, 3), strides=stride, padding=1, spikes=self.spikes)
+    y = self.parts.spiking(first, self.parts, name='spiking1')(x, mask)
+    second = partial(conv, (3, 3), padding=1, spikes=1)
+    y = self.parts.spiking(second, self.parts, name='spiking2')(y, mask)
     if self.stride != 1 or x.shape[-1] != self.planes:
-      shortcut = partial(conv, (1, 1), strides=stride)
-      x = Spiking(shortcut, self.parts, name='downsample')(x, mask)
+      shortcut = partial(conv, (1, 1), strides=stride, spikes=self.spikes)
+      x = self.parts.spiking(shortcut, self.parts, name='downsample')(x, mask)
     return x + y
 
 
@@ -71,11 +72,11 @@ class ResNet19(Network):
     """
     parts = self.parts(train)
     stem = partial(parts.conv, self.planes[0], (3, 3), padding=1)
-    x = Spiking(stem, parts, self.static_steps(x), name='encode')(x, mask)
+    x = parts.spiking(stem, parts, self.static_steps(x), name='encode')(x, mask)
     x = _stages(x, mask, self.planes, self.stage_sizes, parts)
     x = jnp.mean(x, axis=(-3, -2))
     head = partial(parts.dense, self.head_width, use_bias=False)
-    x = Spiking(head, parts, name='head')(x, mask)
+    x = parts.spiking(head, parts, name='head')(x, mask)
     x = parts.dense(self.num_classes, use_bias=False, name='classifier')(x)
     return self.read_out(x)
 
@@ -100,8 +101,9 @@ class SEWResNet18(Network):
     stem = partial(
       parts.conv, self.planes[0], (7, 7), strides=(2, 2), padding=3
     )
-    x = Spiking(stem, parts, self.static_steps(x), name='encode')(x, mask)
-    x = snn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    x = parts.spiking(stem, parts, self.static_steps(x), name='encode')(x, mask)
+    padding = (1, 1), (1, 1)
+    x = parts.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
     x = _stages(x, mask, self.planes, self.stage_sizes, parts)
     x = jnp.mean(x, axis=(-3, -2))
     bias = initializers.dense_bias(x.shape[-1])
@@ -117,10 +119,12 @@ class SEWResNet34(SEWResNet18):
 
 def _stages(x, mask, planes, stage_sizes, parts):
   """Stages of blocks; each but the first halves the resolution."""
-  index = 0
+  index, spikes = 0, 1
   for stage, (width, size) in enumerate(zip(planes, stage_sizes, strict=True)):
     for block in range(size):
       stride = 2 if stage and not block else 1
-      x = Block(width, stride, parts, name=f'block{index}')(x, mask)
+      changes = stride != 1 or x.shape[-1] != width
+      x = Block(width, stride, parts, spikes, name=f'block{index}')(x, mask)
+      spikes = 2 if changes else spikes + 1
       index += 1
   return x

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from dsatgo_jax import initializers
 from dsatgo_jax import linen as snn
-from dsatgo_jax.models.network import Network, Spiking
+from dsatgo_jax.models.network import Network
 
 
 class VGGSNN(Network):
@@ -46,10 +46,11 @@ class VGGSNN(Network):
       )
     index = 0
     for stage in self.stages:
+      spikes = None  # The first sees an image or averages.
       for planes in stage:
-        conv = partial(parts.conv, planes, (3, 3), padding=1)
-        x = Spiking(conv, parts, num_steps, name=f'conv{index}')(x, mask)
-        num_steps = None
+        conv = partial(parts.conv, planes, (3, 3), padding=1, spikes=spikes)
+        x = parts.spiking(conv, parts, num_steps, name=f'conv{index}')(x, mask)
+        num_steps, spikes = None, 1
         index += 1
       x = snn.avg_pool(x, (2, 2), strides=(2, 2))
     x = x.reshape(*x.shape[:2], -1)
