@@ -5,10 +5,11 @@
       [--networks ResNet-19,...] [--json FILE]
 
 JAX is jax's own version; neither a driver nor CUDA is needed. Loss and
-gradients of each network beside its twin with ReLU in the place of the neurons:
-kernels, MiB moved by those that are no library's, temporary MiB (without
-cuDNN's own) and collectives, a device; on one device, and under `jax.jit` with
-the batch sharded over four. Nothing runs, so no time is measured.
+gradients of each network, its neurons left to XLA and as our own kernels
+(`kernel`), beside its twin with ReLU in their place: kernels, MiB moved by what
+is no library, temporary MiB (without cuDNN's own) and collectives, a
+device; on one device, and under `jax.jit` with the batch sharded over four.
+Nothing runs, so no time is measured.
 """
 
 import argparse
@@ -36,6 +37,11 @@ NETWORKS = {
   'ResNet-19': (models.ResNet19, {'num_steps': 2}, 0, (25, 32, 32, 3)),
   'VGGSNN': (models.VGGSNN, {}, 1, (10, 4, 48, 48, 2)),
   'SEW-ResNet-18': (models.SEWResNet18, {}, 0, (8, 224, 224, 3)),
+}
+NEURONS = {
+  'ReLU': {},
+  'spiking': {'kernel': 'xla'},
+  'spiking, pallas': {'kernel': 'pallas'},
 }
 COLUMNS = ('card', 'dtype', 'network', 'devices', 'neurons')
 NUMBERS = ('kernels', 'MiB moved', 'MiB temporary')
@@ -74,11 +80,12 @@ def compiled(network, shape, axis, dtype, mesh):
   return step.lower(*arguments).compile()
 
 
-def measure(name, relu, dtype, card, num_devices):
+def measure(name, neurons, dtype, card, num_devices):
   """One row of the table."""
   kind, settings, axis, shape = NETWORKS[name]
-  kind = train_step.relu_twin(kind) if relu else kind
-  network = kind(dtype=jnp.dtype(dtype), **settings)
+  if neurons == 'ReLU':
+    kind = train_step.relu_twin(kind)
+  network = kind(dtype=jnp.dtype(dtype), **settings, **NEURONS[neurons])
   mesh = mesh_of(card, num_devices)
   program = compiled(network, shape, axis, jnp.dtype(dtype), mesh)
   temporary = program.memory_analysis().temp_size_in_bytes / 2**20
@@ -104,16 +111,16 @@ def main():
       for name in arguments.networks.split(','):
         for num_devices in (1, 4):
           twin = None
-          for relu in (True, False):
-            row = measure(name, relu, dtype, card, num_devices)
+          for neurons in NEURONS:
+            row = measure(name, neurons, dtype, card, num_devices)
             twin = twin or row
             cells = [
-              f'{row[n]:.0f}' + (f' ({row[n] / twin[n]:.2f})' * (not relu))
+              f'{row[n]:.0f}'
+              + (f' ({row[n] / twin[n]:.2f})' * (row is not twin))
               for n in NUMBERS
             ]
             sent = {n: row[n] for n in row if n not in NUMBERS}
             cells.append(', '.join(f'{c} {n}' for n, c in sent.items()))
-            neurons = 'ReLU' if relu else 'spiking'
             of = card, dtype, name, num_devices, neurons
             print('| ' + ' | '.join(map(str, [*of, *cells])) + ' |', flush=True)
             rows.append(dict(zip(COLUMNS, of, strict=True)) | row)

@@ -179,8 +179,12 @@ def kernels(text):
       else:
         of = [computation[o] for o in i.operands if o in computation]
         shapes = [shape for each in [i, *of] for shape in each.shapes]
-        size = sum(_bytes(shape, _size(shape)) for shape in shapes)
-        kind = 'library' if i.op == 'custom-call' else i.op
+        sizes = sorted(_bytes(shape, _size(shape)) for shape in shapes)
+        if part := re.search(r'_(\d+)_of_(\d+)/pallas_call', i.attributes):
+          sizes[-1] *= int(part[1]) / int(part[2])
+        size, kind = sum(sizes), i.op
+        if i.op == 'custom-call':
+          kind = 'triton' if 'triton' in i.attributes else 'library'
         found.append(Kernel(kind, size, times))
 
   visit(entry, 1)

@@ -132,6 +132,7 @@ class Settings(NamedTuple):
   dtype: Any
   record: tuple[str, ...]
   at_rest: bool
+  kernel: str
 
 
 def at_rest(x: jax.Array) -> NeuronState:

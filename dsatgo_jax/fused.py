@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import custom_derivatives, lax
 
 from dsatgo_jax import dynamics, statistics, xla
 from dsatgo_jax import probes as tell
@@ -53,22 +53,85 @@ def _fused(settings, x, v, t, parameters, running, mask, probes):
   # A surrogate of one's own might not be the step that it should be.
   binary = hasattr(settings.surrogate, 'gradient')
   scan = functools.partial(_unrolled, binary=binary)
-  return dynamics.scanned(scan, settings, x, v, t, parameters, running, mask)
+  plain = functools.partial(dynamics.scanned, scan, settings)
+  inputs = x, v, t, parameters, running
+  if mask is None and not probes and _has_kernels(settings, *inputs):
+    from dsatgo_jax import kernels
+
+    kernel = functools.partial(kernels.forward, settings)
+    return xla.either(kernel, functools.partial(plain, mask=None), *inputs)
+  return plain(*inputs, mask)
 
 
-def _forward(settings, x, v, t, parameters, running, mask, probes):
+def _has_kernels(settings, x, v, t, parameters, running):
+  """Whether `kernels` can do it: the plain membrane, and levels of a layer."""
+  if settings.kernel != 'pallas' or settings.record:
+    return False
+  numbers = parameters.decay, x, v
+  if not all(
+    a.dtype == jnp.float32 or a is x and a.dtype.itemsize == 2 for a in numbers
+  ):
+    return False
+  if x.ndim < 3 or not all(isinstance(n, int) for n in x.shape):
+    return False
+  scalar = jnp.zeros((), jnp.float32)
+  theta, _, width = jax.eval_shape(
+    functools.partial(dynamics.levels, settings.method),
+    statistics.Statistics(scalar, scalar),
+    jax.tree.map(lambda a: a[0], running),
+    parameters,
+    t,
+  )
+  if any(map(jnp.ndim, (parameters.decay, theta, width))):
+    return False
+  from dsatgo_jax import kernels
+
+  return kernels.knows(settings.surrogate)
+
+
+def _forward(settings, *primals):
+  primals = custom_derivatives.custom_vjp_primal_tree_values(primals)
+  x, v, t, parameters, running, mask, probes = primals
   outputs = _fused(settings, x, v, t, parameters, running, mask, probes)
-  measured = outputs[2].statistics
-  return outputs, (x, v, t, parameters, running, measured, probes)
+  record = dynamics.Record(*outputs[2][:4])
+  return outputs, (x, v, t, parameters, running, record, probes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _backward(settings, residuals, cotangents):
-  x, v, t, parameters, running, measured, probes = residuals
-  g_spikes, g_v, g_record = cotangents
+  silent = isinstance(cotangents[1], custom_derivatives.SymbolicZero)
+
+  def known(a):
+    if isinstance(a, custom_derivatives.SymbolicZero):
+      return jnp.zeros_like(residuals[0], a.dtype, shape=a.shape)
+    return a
+
+  return _pull(settings, silent, residuals, jax.tree.map(known, cotangents))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pull(settings, silent, residuals, cotangents):
+  x, v, t, parameters, running, record, probes = residuals
   (parameters, probes), pool = jax.vjp(
     functools.partial(xla.vary_like, x), (parameters, probes)
   )
+  arguments = x, v, t, parameters, running, record, probes, *cotangents
+  pull = functools.partial(_pull_steps, settings)
+  if not probes and _has_kernels(settings, x, v, t, parameters, running):
+    from dsatgo_jax import kernels
+
+    kernel = functools.partial(kernels.backward, settings, silent)
+    pull = functools.partial(xla.either, kernel, pull)
+  g_x, g_v, g_parameters, told = pull(*arguments)
+  (pooled,) = pool((g_parameters, told))
+  return g_x, g_v, None, pooled[0], None, None, pooled[1]
+
+
+def _pull_steps(
+  settings, x, v, t, parameters, running, record, probes,
+  g_spikes, g_v, g_record,
+):  # fmt: skip
+  """The cotangents of x, v, the parameters and the probes."""
+  measured = record.statistics
   decay, kept = parameters.decay, x.dtype
   x, pull_x = jax.vjp(
     dynamics.presynaptic, xla.late(x, g_spikes[-1] + g_v, measured), parameters
@@ -161,11 +224,10 @@ def _backward(settings, residuals, cotangents):
     name: jnp.stack(rows[::-1]).astype(probes[name].dtype)
     for name, rows in told.items()
   }
-  (pooled,) = pool((g_parameters, told))
-  return g_x, g_v, None, pooled[0], None, None, pooled[1]
+  return g_x, g_v, g_parameters, told
 
 
-_fused.defvjp(_forward, _backward)
+_fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _unrolled(body, v, xs, binary):

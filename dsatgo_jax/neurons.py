@@ -117,6 +117,7 @@ def run(
   dtype=None,
   record: bool | Sequence[str] = False,
   fused: bool | None = None,
+  kernel: str = 'xla',
   probes: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, NeuronState, Record]:
   """All timesteps of a sequence.
@@ -150,6 +151,9 @@ def run(
       autodiff, which forward mode needs. The derivatives are the same, at any
       order of reverse mode. None is False for surrogates that
       `surrogate.straight_through` made, else True; with probes it is True.
+    kernel: 'xla', or 'pallas' for kernels of our own in programs for NVIDIA
+      GPUs: fewer, which move less memory; see the module `kernels` for where
+      they are taken. Elsewhere, and for second derivatives, it is 'xla'.
     probes: zeros whose gradients tell of the gradients here, by name; see the
       module `probes`.
 
@@ -160,8 +164,9 @@ def run(
   Raises:
     ValueError: x has no batch axis or is complex; a parameter does not
       broadcast against x[0], or must be positive and is not; running averages,
-      state or mask do not fit x; an unknown method or reset, a dtype that is
-      not floating point, or a single neuron in all, which has no deviation.
+      state or mask do not fit x; an unknown method, reset or kernel, a dtype
+      that is not floating point, or a single neuron in all, which has no
+      deviation.
   """
   x = sequence(x)
   if reset not in RESETS:
@@ -176,7 +181,7 @@ def run(
   settings = Settings(
     method, surrogate, reset, _chosen('cut', cut, PATHS), axis_name,
     statistics.floating(dtype or x.dtype), _chosen('record', record, RECORDS),
-    state is None,
+    state is None, *_chosen('kernel', (kernel,), KERNELS),
   )  # fmt: skip
   probes = dict(probes or {})
   for name, probe in probes.items():
@@ -214,6 +219,10 @@ def run(
     tdbn.mask_of(x, mask),
     probes,
   )
+
+
+# Who makes the fused scan's kernels on a GPU.
+KERNELS = ('xla', 'pallas')
 
 
 # So that eager calls compile once; within a program XLA dissolves it.

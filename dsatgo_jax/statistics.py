@@ -67,14 +67,33 @@ def measure(u: jax.Array, axis_name=None, mask=None) -> Statistics:
   # In this order no product is larger than the sum of squares.
   square -= scale * total * (scale * total / number)
   norm = jnp.sqrt(_not_negative(square)) / scale
+  return of_devices(mean, norm, counted, axis_name, mask is None)
+
+
+def of_devices(
+  mean: jax.Array, norm: jax.Array, counted, axis_name=None, even: bool = True
+) -> Statistics:
+  """`Statistics` of what each device has measured.
+
+  Args:
+    mean: of its membrane, a scalar.
+    norm: the root of the sum of squared deviations from it, a scalar.
+    counted: how many neurons that is of; a number, or a scalar.
+    axis_name: mapped axis, or axes, over which the batch is spread.
+    even: whether `counted` is the same on all devices.
+
+  Returns:
+    `Statistics` of scalars.
+  """
   if axis_name:
-    parts = [mean, norm] if mask is None else [mean, norm, counted]
+    parts = [mean, norm] if even else [mean, norm, counted]
     means, norms, *counts = devices.gather(jnp.stack(parts), axis_name).T
     mean = means[0] + weighted_mean(means - means[0], *counts)
     each = counts[0] if counts else counted
     norm = _hypot(jnp.stack([norms, jnp.sqrt(each) * (means - mean)]))
+    num_devices = devices.axis_size(axis_name)
     counted = jnp.sum(each) if counts else counted * num_devices
-  free = jnp.asarray(nonzero(counted - 1), u.dtype)
+  free = jnp.asarray(nonzero(counted - 1), mean.dtype)
   return Statistics(mean, norm / jnp.sqrt(free))
 
 

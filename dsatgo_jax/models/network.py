@@ -50,6 +50,7 @@ class Network(nn.Module):
   alpha: float = 1.0
   axis_name: Any = None
   fused: bool | None = None
+  kernel: str = 'xla'
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -86,6 +87,7 @@ class Network(nn.Module):
         cut=self.cut,
         momentum=self.momentum,
         fused=self.fused,
+        kernel=self.kernel,
         **shared,
       ),
     )

@@ -36,6 +36,7 @@ class SpikingNeuron(nnx.Module):
     momentum: float = 0.9,
     axis_name: Any = None,
     fused: bool | None = None,
+    kernel: str = 'xla',
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs | None = None,
@@ -61,6 +62,7 @@ class SpikingNeuron(nnx.Module):
       momentum: the share of the running threshold that is kept [eq 6].
       axis_name: mapped axis over which the statistics are pooled.
       fused: False leaves the scan to autodiff, as forward mode needs.
+      kernel: 'xla', or 'pallas' for kernels of our own on NVIDIA GPUs.
       dtype: of the spikes; None for x's.
       param_dtype: of `w`, `v_th` and the running values (at least float32).
       rngs: not needed.
@@ -79,7 +81,7 @@ class SpikingNeuron(nnx.Module):
     self.reset, self.detach_reset, self.cut = reset, detach_reset, tuple(cut)
     self.momentum = momentum
     self.axis_name = axis_name
-    self.fused = fused
+    self.fused, self.kernel = fused, kernel
     self.dtype, self.param_dtype = dtype, param_dtype
     neurons.check_positive(num_steps=num_steps, v_th=v_th, f_c=f_c, width=width)
     layers.check_shares(decay, learn_decay, momentum)
@@ -157,6 +159,7 @@ class SpikingNeuron(nnx.Module):
       cut=self.cut,
       axis_name=self.axis_name,
       fused=self.fused,
+      kernel=self.kernel,
       dtype=self.dtype,
       record=[name for name, kind in CAPTURED.items() if kind in kinds],
       probes={

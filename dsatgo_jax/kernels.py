@@ -1,0 +1,351 @@
+"""The fused scan as kernels of a GPU, in Pallas (Triton).
+
+A threshold that is measured waits for the whole batch. So forward there is a
+kernel for each timestep, which makes u[t] of x[0..t] and leaves the moments of
+each block, and a last one that fires; backward there is one kernel. All read x
+as [B, T, ...], as weights and tdBN leave it in memory; membranes stay in
+registers.
+"""
+
+import functools
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from dsatgo_jax import dynamics, statistics, tdbn
+from dsatgo_jax.blocks import Given, blocks_of, pool
+from dsatgo_jax.surrogate import rectangular
+from dsatgo_jax.threshold import is_measured
+
+
+def _step(x, width):
+  del width
+  return jnp.asarray(x >= 0, x.dtype)
+
+
+def _differentiable(gradient):
+  """A surrogate without a rule of its own, which Triton has no way for."""
+
+  def spike(x, width):
+    slope = lax.stop_gradient(gradient(x, width)).astype(x.dtype)
+    return _step(x, width) + slope * (x - lax.stop_gradient(x))
+
+  return spike
+
+
+def _read(blocks, given):
+  """`Given` with its levels as scalars, and the `Parameters` in it."""
+
+  def scalars(a):
+    if isinstance(a, tuple):
+      return tuple(one[0] for one in a)
+    return tuple(a[i] for i in range(a.shape[0]))
+
+  norm, gates = given.norm, given.gates
+  if norm is not None:
+    norm = tdbn.Affine(*map(blocks.channels_of, norm))
+  if gates is not None:
+    gates = tuple(gates[i] for i in range(3))
+  parameters = dynamics.Parameters(given.decay[0], norm=norm, gates=gates)
+  levels = (given.theta, given.width, given.known)
+  theta, width, known = map(scalars, levels)
+  return given._replace(theta=theta, width=width, known=known), parameters
+
+
+def _membranes(settings, given, parameters, tile, num_steps):
+  """The membrane before each of the timesteps, and u."""
+  v, found = None if given.v is None else tile.load(given.v), []
+  for t in range(num_steps):
+    u = dynamics.presynaptic(tile.load(given.x, t), parameters)
+    if v is not None:
+      u = parameters.decay * v + u
+    found.append((v, u))
+    if t + 1 < num_steps:
+      _, v = _fire(settings, u, given.theta[t], parameters)
+  return found
+
+
+def _fire(settings, u, theta, parameters, nothing=0.0):
+  settings = settings._replace(surrogate=_step)
+  return dynamics.fire(settings, (u, u, u), theta, 1.0, parameters, nothing)
+
+
+def _measure(settings, blocks, given, moments):
+  """The mean of a block, the root of the squares about it, and its size."""
+  tile, (given, parameters) = blocks.tile(), _read(blocks, given)
+  *_, (_, u) = _membranes(
+    settings, given, parameters, tile, len(given.theta) + 1
+  )
+  most = jnp.max(tile.real(u, -jnp.inf))
+  distance = tile.real(u - most)
+  count = tile.count(u)
+  # The mean is so far below the largest, and nothing is further above it: in
+  # this unit no square overflows, and their sum does not vanish.
+  below = -jnp.sum(distance) / count
+  unit = _unit(below)
+  squares = jnp.square(tile.real((distance + below) * (1 / unit)))
+  moments[0] = most - below
+  moments[1] = unit * jnp.sqrt(jnp.sum(squares))
+  moments[2] = count
+
+
+def _unit(size):
+  """To divide by: its inverse is finite."""
+  return jnp.clip(size, 1e-30, 1e30)
+
+
+def _pool(number, parts, pooled):
+  """What `_measure` tells, of parts."""
+  size = parts.shape[0]
+  mask = pl.program_id(0) * size + jnp.arange(size) < number
+  means, norms, counts = (
+    triton.load(parts.at[:, jnp.int32(i)], mask=mask, other=0) for i in range(3)
+  )
+  most = jnp.max(jnp.where(mask, means, -jnp.inf))
+  distance = jnp.where(mask, means - most, 0)
+  count = jnp.sum(counts)
+  below = -jnp.sum(counts * distance) / count
+  between = jnp.sqrt(counts) * (distance + below)
+  unit = _unit(jnp.max(jnp.maximum(norms, jnp.abs(between))))
+  squares = jnp.square(norms * (1 / unit)) + jnp.square(between * (1 / unit))
+  pooled[0] = most - below
+  pooled[1] = unit * jnp.sqrt(jnp.sum(squares))
+  pooled[2] = count
+
+
+def _spikes(settings, blocks, given, spikes):
+  """The spikes of all timesteps."""
+  tile, (given, parameters) = blocks.tile(), _read(blocks, given)
+  found = _membranes(settings, given, parameters, tile, len(given.theta))
+  for t, (_, u) in enumerate(found):
+    theta = given.theta[t]
+    known = given.known[t] if given.known else u - theta
+    fired, _ = _fire(settings, u, theta, parameters, known - known)
+    tile.store(spikes, fired, t)
+
+
+def _last(settings, blocks, given, last):
+  """The membrane after the last timestep."""
+  tile, (given, parameters) = blocks.tile(), _read(blocks, given)
+  *_, (_, u) = _membranes(settings, given, parameters, tile, len(given.theta))
+  theta = given.theta[-1]
+  known = given.known[-1] if given.known else u - theta
+  tile.store(last, _fire(settings, u, theta, parameters, known - known)[1])
+
+
+def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
+  """The cotangents of x and v, and sums of those of the parameters."""
+  given, parameters = _read(blocks, given)
+  decay, norm = parameters.decay, parameters.norm
+  num_steps = len(given.theta)
+  surrogate = _differentiable(settings.surrogate.gradient)
+  settings = settings._replace(dtype=decay.dtype)
+  zeros = jnp.zeros((blocks.height, blocks.width), decay.dtype)
+
+  def block(i, carry):
+    tile = blocks.tile(i)
+    found = _membranes(settings, given, parameters, tile, num_steps)
+    retained, per_channel, g_decay, g_theta = carry
+    g = zeros if g_v is None else tile.load(g_v)
+    g_theta = list(g_theta)
+    for t in reversed(range(num_steps)):
+      v, u = found[t]
+
+      def fire(u, theta, decay, t=t):
+        return dynamics.fire(
+          settings._replace(surrogate=surrogate),
+          (u, u, u),
+          theta,
+          given.width[t],
+          parameters._replace(decay=decay),
+        )
+
+      _, pull = jax.vjp(fire, u, given.theta[t], decay)
+      g_s = tile.load(g_spikes, t).astype(decay.dtype)
+      g_u, g_here, of_reset = pull((g_s, g))
+      g_theta[t] += g_here
+      g_decay += of_reset
+      if v is not None:
+        retained += g_u * v
+      if norm is None:
+        tile.store(g_x, g_u, t)
+      else:
+        x = tile.load(given.x, t).astype(decay.dtype)
+        both = (g_u, g_u * (x - norm.mean))
+        per_channel = tuple(map(jnp.add, per_channel, both))
+        tile.store(g_x, g_u * norm.gain, t)
+      g = decay * g_u
+    if g_before is not None:
+      tile.store(g_before, g)
+    return retained, per_channel, g_decay, tuple(g_theta)
+
+  zero = jnp.zeros((), decay.dtype)
+  carry = (zeros, (zeros, zeros) if norm else (), zero, (zero,) * num_steps)
+  if blocks.times == 1:
+    carry = block(0, carry)
+  else:
+    carry = lax.fori_loop(0, blocks.times, block, carry)
+  retained, per_channel, g_decay, g_theta = carry
+  for i, number in enumerate((jnp.sum(retained) + g_decay, *g_theta)):
+    numbers[i] = number
+  for i, a in enumerate(per_channel):
+    at = sums.at[jnp.int32(i), :]
+    triton.store(at, jnp.sum(a, 0), mask=blocks.columns())
+
+
+def _given(settings, x, v, parameters):
+  """`Given`, without the levels."""
+  return Given(
+    _batch_major(x),
+    None if settings.at_rest else _flat(v),
+    jax.tree.map(lambda a: a[None], parameters.norm),
+    parameters.decay.reshape(1),
+    parameters.gates,
+  )
+
+
+def _flat(v):
+  """[B, ..., C] as [B, M, C]."""
+  return v.reshape(v.shape[0], -1, v.shape[-1])
+
+
+def _batch_major(x):
+  """[T, B, ..., C] as [B, T, M, C]."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _as_was(x, like):
+  """[B, T, M, C] as [T, B, ..., C]."""
+  num_steps, batch, *rest = like.shape
+  return jnp.moveaxis(x.reshape(batch, num_steps, *rest), 1, 0)
+
+
+def _levels(settings, measured, running, parameters, t, i):
+  """`dynamics.levels` of timestep i of x."""
+  here = jax.tree.map(lambda a: a[i], (measured, running))
+  return dynamics.levels(settings.method, *here, parameters, t + i)
+
+
+@functools.lru_cache
+def knows(surrogate) -> bool:
+  """Whether Triton knows all that the surrogate's derivative is made of."""
+  gradient = getattr(surrogate, 'gradient', None)
+  if gradient is None:
+    return False
+
+  def body(x, width, slope):
+    slope[...] = gradient(x[...], width[0])
+
+  x, width = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (128, 1))
+  call = pl.pallas_call(
+    body, out_shape=x, compiler_params=triton.CompilerParams()
+  )
+  try:
+    traced = jax.jit(call).trace(x, width)
+    traced.lower(lowering_platforms=('cuda',))
+  except Exception as error:  # Of many kinds, most of them private.
+    if surrogate is rectangular:
+      warnings.warn(
+        "kernel='pallas' needs Triton, which does not work here; XLA makes "
+        f'the kernels. {type(error).__name__}: {error}',
+        stacklevel=2,
+      )
+    return False
+  return surrogate is rectangular or knows(rectangular)
+
+
+def forward(settings, x, v, t, parameters, running):
+  """`fused`'s scan; arguments and results as there."""
+  method, num_steps = settings.method, len(x)
+  dtype = parameters.decay.dtype
+  given = _given(settings, x, v, parameters)
+  blocks = blocks_of(given.x.shape, 4096 if num_steps <= 4 else 2048)
+
+  def call(body, name, output):
+    body = functools.partial(body, settings, blocks)
+    return blocks.call(body, name, (given,), (output,))[0]
+
+  measuring = running is None and (
+    is_measured(method.threshold) or is_measured(method.signal)
+  )
+  records = []
+  for i in range(num_steps):
+    measured = None
+    if measuring:
+      moments = call(
+        _measure,
+        f'neuron_measures_{i + 1}_of_{num_steps}',
+        blocks.numbers(3, x, dtype),
+      )
+      mean, norm, _ = pool(_pool, moments)
+      measured = statistics.of_devices(
+        mean, norm, math.prod(x.shape[1:]), settings.axis_name
+      )
+      known = (*given.known, measured.std.reshape(1))
+      given = given._replace(known=known)
+    here = jax.tree.map(lambda a: a[i], running)  # noqa: B023
+    levels = dynamics.levels(method, measured, here, parameters, t + i)
+    records.append(dynamics.Record(*levels, measured))
+    given = given._replace(theta=(*given.theta, levels[0].reshape(1)))
+  like = blocks.like(given.x, x, settings.dtype)
+  spikes = call(_spikes, 'neuron_fires', like)
+  # On its own, so that it is not made where nothing asks for it.
+  like = blocks.like(_flat(x[0]), x, dtype)
+  last = call(_last, 'neuron_ends', like)
+  record = jax.tree.map(lambda *a: jnp.stack(a), *records)
+  return _as_was(spikes, x), last.reshape(x.shape[1:]), record
+
+
+def backward(
+  settings, silent, x, v, t, parameters, running, record, probes,
+  g_spikes, g_v, g_record,
+):  # fmt: skip
+  """`fused`'s backward pass; `silent` says that g_v is 0."""
+  del g_record
+  dtype, num_steps = parameters.decay.dtype, len(x)
+
+  times = t + jnp.arange(num_steps, dtype=jnp.int32)
+
+  def thetas(parameters):
+    levels = functools.partial(dynamics.levels, settings.method)
+    levels = jax.vmap(levels, (0, 0, None, 0))
+    return levels(record.statistics, running, parameters, times)[0]
+
+  # All at once: a kernel less for each timestep.
+  width = jax.vmap(settings.method.width, (0, None, 0))
+  width = width(record.signal, parameters, times)
+  given = _given(settings, x, v, parameters)._replace(
+    theta=record.theta, width=width
+  )
+  blocks = blocks_of(given.x.shape, 1024, programs=1024)
+  g_v = None if silent else _flat(g_v)
+  g_x, numbers, g_before, sums = blocks.call(
+    functools.partial(_back, settings, blocks),
+    'neuron_pulls',
+    (given, _batch_major(g_spikes), g_v),
+    (
+      blocks.like(given.x, x, x.dtype),
+      blocks.numbers(1 + num_steps, x, dtype),
+      None if settings.at_rest else blocks.like(given.v, x, dtype),
+      blocks.channels(2, x, dtype) if parameters.norm else None,
+    ),
+  )
+  numbers = jnp.sum(numbers, (0, 1, 2))
+  g_decay, g_theta = numbers[0], numbers[1:]
+  (g_parameters,) = jax.vjp(thetas, parameters)[1](g_theta)
+  g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
+  if parameters.norm:
+    g_bias, g_gain = jnp.sum(sums, (0, 1))
+    g_mean = -parameters.norm.gain * g_bias
+    g_parameters = g_parameters._replace(
+      norm=tdbn.Affine(g_mean, g_gain, g_bias)
+    )
+  if g_before is None:
+    g_before = jnp.zeros_like(v)  # Nothing asks for it.
+  return _as_was(g_x, x), g_before.reshape(v.shape), g_parameters, probes
