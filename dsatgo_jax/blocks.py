@@ -116,12 +116,12 @@ class Blocks(NamedTuple):
 
   def like(self, a, x, dtype):
     """An output of the shape of an array of `Given`."""
-    return Output(_varying(x, a.shape, dtype), self.spec(a))
+    return Output(varying(x, a.shape, dtype), self.spec(a))
 
   def numbers(self, size, x, dtype):
     """An output of so many numbers a program."""
     block = pl.BlockSpec((None, None, None, size), lambda b, m, c: (b, m, c, 0))
-    return Output(_varying(x, (*self.grid, size), dtype), block)
+    return Output(varying(x, (*self.grid, size), dtype), block)
 
   def channels(self, size, x, dtype):
     """An output of so many numbers for each of a program's channels."""
@@ -129,7 +129,7 @@ class Blocks(NamedTuple):
       (None, None, size, self.width), lambda b, m, c: (b, m, 0, c)
     )
     shape = (*self.grid[:2], size, self.shape[3])
-    return Output(_varying(x, shape, dtype), block)
+    return Output(varying(x, shape, dtype), block)
 
 
 class Output(NamedTuple):
@@ -139,7 +139,7 @@ class Output(NamedTuple):
   spec: pl.BlockSpec
 
 
-def _varying(x, shape, dtype):
+def varying(x, shape, dtype):
   """What varies over the mesh axes that x varies over (`shard_map`)."""
   zeros = functools.partial(jnp.zeros_like, dtype=dtype, shape=shape)
   return jax.eval_shape(zeros, x)
@@ -187,34 +187,81 @@ def blocks_of(shape, size, programs=None):
   return blocks
 
 
-def pool(body, parts):
-  """Has `body` make one row of up to 1024, until there is but one.
+def pool(body, parts, most):
+  """Has `body` make one row of up to 1024, until there are few.
 
   Args:
     body: of the number of rows, a reference to some of them, and to one.
     parts: [..., n].
+    most: how many rows there may be.
 
   Returns:
-    [n].
+    [N, n].
   """
   parts = parts.reshape(-1, parts.shape[-1])
-  while (number := len(parts)) > 1:
-    size = min(_power(number), 1024)
-    programs = pl.cdiv(number, size)
-    parts = pl.pallas_call(
-      functools.partial(body, number),
-      grid=programs,
-      in_specs=[pl.BlockSpec((size, parts.shape[1]), lambda i: (i, 0))],
-      out_specs=pl.BlockSpec((None, parts.shape[1]), lambda i: (i, 0)),
-      out_shape=_varying(parts, (programs, parts.shape[1]), parts.dtype),
-      compiler_params=triton.CompilerParams(
-        num_warps=max(1, size // 256), num_stages=1
-      ),
-      name='neuron_pools',
-    )(parts)
-  return parts[0]
+  while len(parts) > most:
+    shape = pl.cdiv(len(parts), 1024), parts.shape[1]
+    pooled = varying(parts, shape, parts.dtype)
+    call = of_rows(
+      functools.partial(body, len(parts)), 'neuron_pools', (parts,), pooled
+    )
+    parts = call(parts)
+  return parts
+
+
+def of_rows(body, name, arrays, outputs):
+  """A kernel of rows, [N, n], at most 1024 a program, and of whole arrays."""
+  number, size = arrays[0].shape
+  height = min(_power(number), 1024)
+
+  def spec(a):
+    if a.ndim == 2:
+      return pl.BlockSpec((None, size), lambda i: (i, 0))
+    return pl.BlockSpec(a.shape, lambda i: (0,))
+
+  rows = pl.BlockSpec((height, size), lambda i: (i, 0))
+  return pl.pallas_call(
+    body,
+    grid=pl.cdiv(number, height),
+    in_specs=(rows, *jax.tree.map(spec, arrays[1:])),
+    out_specs=jax.tree.map(spec, outputs),
+    out_shape=outputs,
+    compiler_params=triton.CompilerParams(
+      num_warps=max(1, height // 256), num_stages=1
+    ),
+    name=name,
+  )
+
+
+def refusal(call, *arrays) -> Exception | None:
+  """Why Triton does not take a kernel of such arrays; None if it does."""
+  try:
+    like = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays
+    )
+    jax.jit(call).trace(*like).lower(lowering_platforms=('cuda',))
+  except Exception as error:  # Of many kinds, most of them private.
+    return error
+  return None
 
 
 def _power(n):
   """The least power of two that is not less."""
   return 1 << (n - 1).bit_length()
+
+
+def flat(v):
+  """[B, ..., C] as [B, M, C]."""
+  return v.reshape(v.shape[0], -1, v.shape[-1])
+
+
+def batch_major(x):
+  """[T, B, ..., C] as [B, T, M, C]."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def time_major(x, like):
+  """[B, T, M, C] as [T, B, ..., C]."""
+  num_steps, batch, *rest = like.shape
+  return jnp.moveaxis(x.reshape(batch, num_steps, *rest), 1, 0)

@@ -72,7 +72,8 @@ def _has_kernels(settings, x, v, t, parameters, running):
     a.dtype == jnp.float32 or a is x and a.dtype.itemsize == 2 for a in numbers
   ):
     return False
-  if x.ndim < 3 or not all(isinstance(n, int) for n in x.shape):
+  known = all(isinstance(n, int) for n in x.shape)  # Or it is symbolic.
+  if x.ndim < 3 or not known or x.size >= 2**31:
     return False
   scalar = jnp.zeros((), jnp.float32)
   theta, _, width = jax.eval_shape(

@@ -1,10 +1,17 @@
-"""The fused scan as kernels of a GPU, in Pallas (Triton).
+"""The fused scan as kernels of an NVIDIA GPU, in Pallas (Triton).
 
-A threshold that is measured waits for the whole batch. So forward there is a
-kernel for each timestep, which makes u[t] of x[0..t] and leaves the moments of
-each block, and a last one that fires; backward there is one kernel. All read x
-as [B, T, ...], as weights and tdBN leave it in memory; membranes stay in
-registers.
+A threshold that is measured waits for the whole batch. So forward there are two
+kernels for each timestep, one that makes u[t] of x[0..t] and leaves the moments
+of each block, and one that makes the threshold of them; and a last one that
+fires. Backward there is one. All read x as [B, T, ...], as weights and tdBN
+leave it in memory; membranes stay in registers, and tdBN's sums are taken on
+the way.
+
+They are taken for x [T, B, ..., C] in float32, bfloat16 or float16, for levels
+that are scalars and surrogates that `surrogate.custom` made, on one device and
+under `pmap` and `shard_map`. Programs for other devices, `jax.jit` of a sharded
+batch, `vmap`, probes, records, masks (forward) and derivatives of derivatives
+are left to XLA.
 """
 
 import functools
@@ -16,9 +23,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.extend import core
 
 from dsatgo_jax import dynamics, statistics, tdbn
-from dsatgo_jax.blocks import Given, blocks_of, pool
+from dsatgo_jax.blocks import (
+  Given,
+  batch_major,
+  blocks_of,
+  flat,
+  of_rows,
+  pool,
+  refusal,
+  time_major,
+  varying,
+)
 from dsatgo_jax.surrogate import rectangular
 from dsatgo_jax.threshold import is_measured
 
@@ -99,7 +117,7 @@ def _unit(size):
   return jnp.clip(size, 1e-30, 1e30)
 
 
-def _pool(number, parts, pooled):
+def _pooled(number, parts):
   """What `_measure` tells, of parts."""
   size = parts.shape[0]
   mask = pl.program_id(0) * size + jnp.arange(size) < number
@@ -113,9 +131,22 @@ def _pool(number, parts, pooled):
   between = jnp.sqrt(counts) * (distance + below)
   unit = _unit(jnp.max(jnp.maximum(norms, jnp.abs(between))))
   squares = jnp.square(norms * (1 / unit)) + jnp.square(between * (1 / unit))
-  pooled[0] = most - below
-  pooled[1] = unit * jnp.sqrt(jnp.sum(squares))
-  pooled[2] = count
+  return most - below, unit * jnp.sqrt(jnp.sum(squares)), count
+
+
+def _pool(number, parts, pooled):
+  """Makes one part of some."""
+  for i, value in enumerate(_pooled(number, parts)):
+    pooled[i] = value
+
+
+def _decide(number, levels, free, parts, numbers, *outputs):
+  """Makes statistics of all parts, and levels of them and of numbers."""
+  mean, norm, _ = _pooled(number, parts)
+  std = norm / math.sqrt(free)
+  found = levels(mean, std, *(a[0] for a in numbers))
+  for output, value in zip(outputs, (mean, std, *found), strict=True):
+    output[0] = jnp.asarray(value, output.dtype)
 
 
 def _spikes(settings, blocks, given, spikes):
@@ -201,35 +232,12 @@ def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
 def _given(settings, x, v, parameters):
   """`Given`, without the levels."""
   return Given(
-    _batch_major(x),
-    None if settings.at_rest else _flat(v),
+    batch_major(x),
+    None if settings.at_rest else flat(v),
     jax.tree.map(lambda a: a[None], parameters.norm),
     parameters.decay.reshape(1),
     parameters.gates,
   )
-
-
-def _flat(v):
-  """[B, ..., C] as [B, M, C]."""
-  return v.reshape(v.shape[0], -1, v.shape[-1])
-
-
-def _batch_major(x):
-  """[T, B, ..., C] as [B, T, M, C]."""
-  x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def _as_was(x, like):
-  """[B, T, M, C] as [T, B, ..., C]."""
-  num_steps, batch, *rest = like.shape
-  return jnp.moveaxis(x.reshape(batch, num_steps, *rest), 1, 0)
-
-
-def _levels(settings, measured, running, parameters, t, i):
-  """`dynamics.levels` of timestep i of x."""
-  here = jax.tree.map(lambda a: a[i], (measured, running))
-  return dynamics.levels(settings.method, *here, parameters, t + i)
 
 
 @functools.lru_cache
@@ -246,18 +254,56 @@ def knows(surrogate) -> bool:
   call = pl.pallas_call(
     body, out_shape=x, compiler_params=triton.CompilerParams()
   )
-  try:
-    traced = jax.jit(call).trace(x, width)
-    traced.lower(lowering_platforms=('cuda',))
-  except Exception as error:  # Of many kinds, most of them private.
-    if surrogate is rectangular:
-      warnings.warn(
-        "kernel='pallas' needs Triton, which does not work here; XLA makes "
-        f'the kernels. {type(error).__name__}: {error}',
-        stacklevel=2,
-      )
-    return False
-  return surrogate is rectangular or knows(rectangular)
+  error = refusal(call, x, width)
+  if error and surrogate is rectangular:
+    warnings.warn(
+      "kernel='pallas' needs Triton, which does not work here; the neurons are "
+      f'left to XLA. {type(error).__name__}: {error}',
+      stacklevel=2,
+    )
+  return not error and (surrogate is rectangular or knows(rectangular))
+
+
+def _levels(settings, parameters, t, moments, count):
+  """Statistics and levels of moments of blocks.
+
+  By one kernel more, where the rules read but numbers and Triton knows them.
+  """
+  leaves, tree = jax.tree.flatten((parameters, t))
+  scalar = jnp.zeros((), parameters.decay.dtype)
+
+  def levels(mean, std, *leaves):
+    measured = statistics.Statistics(mean, std)
+    parameters, t = tree.unflatten(leaves)
+    return dynamics.levels(settings.method, measured, None, parameters, t)
+
+  rules, shape = jax.make_jaxpr(levels, return_shape=True)(
+    scalar, scalar, *leaves
+  )
+  read = {id(v) for e in rules.jaxpr.eqns for v in e.invars}
+  read |= {id(v) for v in rules.jaxpr.outvars}
+  read = [id(v) in read for v in rules.jaxpr.invars[2:]]
+  numbers = [a for a, is_read in zip(leaves, read, strict=True) if is_read]
+
+  def of_numbers(mean, std, *numbers):
+    rest = iter(numbers)
+    leaves = (next(rest) if is_read else None for is_read in read)
+    return core.jaxpr_as_fun(rules)(mean, std, *leaves)
+
+  parts = pool(_pool, moments, 1024)
+  if not settings.axis_name and not any(map(jnp.ndim, numbers)):
+    body = functools.partial(_decide, len(parts), of_numbers, count - 1)
+    arrays = parts, [a.reshape(1) for a in numbers]
+    like = varying(parts, (1,), parts.dtype)
+    outputs = [like] * (2 + len(rules.out_avals))
+    call = of_rows(body, 'neuron_decides', arrays, outputs)
+    if not refusal(call, *arrays):
+      mean, std, *found = (a.reshape(()) for a in call(*arrays))
+      found = jax.tree.unflatten(jax.tree.structure(shape), found)
+      return statistics.Statistics(mean, std), found
+  mean, norm, _ = pool(_pool, parts, 1)[0]
+  measured = statistics.of_devices(mean, norm, count, settings.axis_name)
+  return measured, levels(*measured, *leaves)
 
 
 def forward(settings, x, v, t, parameters, running):
@@ -283,23 +329,23 @@ def forward(settings, x, v, t, parameters, running):
         f'neuron_measures_{i + 1}_of_{num_steps}',
         blocks.numbers(3, x, dtype),
       )
-      mean, norm, _ = pool(_pool, moments)
-      measured = statistics.of_devices(
-        mean, norm, math.prod(x.shape[1:]), settings.axis_name
+      measured, levels = _levels(
+        settings, parameters, t + i, moments, math.prod(x.shape[1:])
       )
       known = (*given.known, measured.std.reshape(1))
       given = given._replace(known=known)
-    here = jax.tree.map(lambda a: a[i], running)  # noqa: B023
-    levels = dynamics.levels(method, measured, here, parameters, t + i)
+    else:
+      here = jax.tree.map(lambda a: a[i], running)  # noqa: B023
+      levels = dynamics.levels(method, None, here, parameters, t + i)
     records.append(dynamics.Record(*levels, measured))
     given = given._replace(theta=(*given.theta, levels[0].reshape(1)))
   like = blocks.like(given.x, x, settings.dtype)
   spikes = call(_spikes, 'neuron_fires', like)
   # On its own, so that it is not made where nothing asks for it.
-  like = blocks.like(_flat(x[0]), x, dtype)
+  like = blocks.like(flat(x[0]), x, dtype)
   last = call(_last, 'neuron_ends', like)
   record = jax.tree.map(lambda *a: jnp.stack(a), *records)
-  return _as_was(spikes, x), last.reshape(x.shape[1:]), record
+  return time_major(spikes, x), last.reshape(x.shape[1:]), record
 
 
 def backward(
@@ -324,11 +370,11 @@ def backward(
     theta=record.theta, width=width
   )
   blocks = blocks_of(given.x.shape, 1024, programs=1024)
-  g_v = None if silent else _flat(g_v)
+  g_v = None if silent else flat(g_v)
   g_x, numbers, g_before, sums = blocks.call(
     functools.partial(_back, settings, blocks),
     'neuron_pulls',
-    (given, _batch_major(g_spikes), g_v),
+    (given, batch_major(g_spikes), g_v),
     (
       blocks.like(given.x, x, x.dtype),
       blocks.numbers(1 + num_steps, x, dtype),
@@ -336,8 +382,9 @@ def backward(
       blocks.channels(2, x, dtype) if parameters.norm else None,
     ),
   )
-  numbers = jnp.sum(numbers, (0, 1, 2))
-  g_decay, g_theta = numbers[0], numbers[1:]
+  # Each by itself: what nothing asks for is then not summed.
+  g_decay = jnp.sum(numbers[..., 0])
+  g_theta = jnp.sum(numbers[..., 1:], (0, 1, 2))
   (g_parameters,) = jax.vjp(thetas, parameters)[1](g_theta)
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
   if parameters.norm:
@@ -348,4 +395,4 @@ def backward(
     )
   if g_before is None:
     g_before = jnp.zeros_like(v)  # Nothing asks for it.
-  return _as_was(g_x, x), g_before.reshape(v.shape), g_parameters, probes
+  return time_major(g_x, x), g_before.reshape(v.shape), g_parameters, probes
