@@ -20,7 +20,7 @@ class Given(NamedTuple):
     norm: of `Parameters`, [1, C] each, or None.
     decay: [1].
     gates: of `Parameters`, [3], or None.
-    theta: of the timesteps so far, [1] each, or one array [T].
+    theta: of the timesteps so far, [1] each.
     width: likewise.
     known: likewise; spikes are NaN where it is not finite.
   """

@@ -58,21 +58,17 @@ def _differentiable(gradient):
 
 def _read(blocks, given):
   """`Given` with its levels as scalars, and the `Parameters` in it."""
-
-  def scalars(a):
-    if isinstance(a, tuple):
-      return tuple(one[0] for one in a)
-    return tuple(a[i] for i in range(a.shape[0]))
-
   norm, gates = given.norm, given.gates
   if norm is not None:
     norm = tdbn.Affine(*map(blocks.channels_of, norm))
   if gates is not None:
     gates = tuple(gates[i] for i in range(3))
   parameters = dynamics.Parameters(given.decay[0], norm=norm, gates=gates)
-  levels = (given.theta, given.width, given.known)
-  theta, width, known = map(scalars, levels)
-  return given._replace(theta=theta, width=width, known=known), parameters
+  levels = {
+    name: tuple(a[0] for a in getattr(given, name))
+    for name in ('theta', 'width', 'known')
+  }
+  return given._replace(**levels), parameters
 
 
 def _membranes(settings, given, parameters, tile, num_steps):
@@ -356,19 +352,18 @@ def backward(
   del g_record
   dtype, num_steps = parameters.decay.dtype, len(x)
 
-  times = t + jnp.arange(num_steps, dtype=jnp.int32)
-
   def thetas(parameters):
     levels = functools.partial(dynamics.levels, settings.method)
     levels = jax.vmap(levels, (0, 0, None, 0))
+    times = dynamics.timesteps(t, x)
     return levels(record.statistics, running, parameters, times)[0]
 
-  # All at once: a kernel less for each timestep.
-  width = jax.vmap(settings.method.width, (0, None, 0))
-  width = width(record.signal, parameters, times)
-  given = _given(settings, x, v, parameters)._replace(
-    theta=record.theta, width=width
+  # Slices of what was stacked, so that XLA need not stack it.
+  theta, width = (
+    tuple(a[i : i + 1] for i in range(num_steps))
+    for a in (record.theta, record.width)
   )
+  given = _given(settings, x, v, parameters)._replace(theta=theta, width=width)
   blocks = blocks_of(given.x.shape, 1024, programs=1024)
   g_v = None if silent else flat(g_v)
   g_x, numbers, g_before, sums = blocks.call(

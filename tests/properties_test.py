@@ -226,6 +226,9 @@ FUNCTIONS = {
   'surrogate.custom': lambda x: surrogate.custom(lambda x, w: w - x)(x, 0.9),
   'statistics.measure': statistics.measure,
   'statistics.moments': statistics.moments,
+  'statistics.of_devices': lambda x: statistics.of_devices(
+    jnp.mean(x), jnp.sqrt(jnp.sum(x**2)), x.size
+  ),
   'statistics.histogram': statistics.histogram,
   'statistics.sample': lambda x: statistics.sample(x**2, x),
   'statistics.share': lambda x: statistics.share(x > 0.5),
