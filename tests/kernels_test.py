@@ -12,7 +12,17 @@ from jax.extend import core
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsatgo_jax import kernels, methods, neurons, surrogate, tdbn, xla
+from dsatgo_jax import (
+  kernels,
+  linen,
+  methods,
+  neurons,
+  surrogate,
+  tdbn,
+  width,
+  xla,
+)
+from dsatgo_jax import nnx as snnx
 from dsatgo_jax.neurons import NeuronState, Parameters, Running
 from tests import reference_loop
 from tests.neurons_test import METHODS, OWN, gaussian, kept_in_inference, ours
@@ -216,6 +226,15 @@ def there_and_back(x, **settings):
   return spikes, pull(spikes)
 
 
+@surrogate.custom
+def tabled(x, width):
+  """Reads an array, which a kernel may not."""
+  return jnp.sum(jnp.arange(3.0) + np.ones(3, np.float32)) * width + 0 * x
+
+
+SORTING = methods.Method(
+  lambda statistics, p, t: jnp.sort(jnp.stack(statistics))[0], width.fixed
+)
 X = normal(2, 4, 6, 5)
 MESH = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,))
 
@@ -234,6 +253,28 @@ MESH = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,))
       False,
     ),
     ('XLA asked for', lambda x: neurons.run(x)[0], False),
+    (
+      'a surrogate that Triton does not know',
+      functools.partial(there_and_back, surrogate=tabled),
+      False,
+    ),
+    (
+      'a rule that Triton does not know',
+      functools.partial(there_and_back, method=SORTING),
+      True,
+    ),
+    (
+      'Linen',
+      lambda x: linen.SpikingNeuron(
+        use_running_average=False, kernel='pallas'
+      ).init_with_output(jax.random.key(0), x)[0],
+      True,
+    ),
+    (
+      'NNX',
+      lambda x: snnx.SpikingNeuron(num_steps=2, kernel='pallas')(x),
+      True,
+    ),
     (
       'over devices by hand',
       jax.shard_map(
@@ -255,6 +296,19 @@ def test_where_kernels_are_taken(name, function, expected):
 def test_a_sharded_batch_is_left_to_xla():
   x = jax.device_put(X, NamedSharding(MESH, P(None, 'batch')))
   assert not lowered(there_and_back, x)
+
+
+def test_without_triton_xla_takes_over(monkeypatch):
+  monkeypatch.setattr(kernels, 'refusal', lambda *_: OSError('no such library'))
+  kernels.knows.cache_clear()
+  with pytest.warns(UserWarning, match='needs Triton.*no such library'):
+    assert not lowered(there_and_back, X[:1])
+  kernels.knows.cache_clear()
+
+
+def test_an_unknown_kernel_is_refused():
+  with pytest.raises(ValueError, match="'xla', 'pallas', got 'cuda'"):
+    neurons.run(X, kernel='cuda')
 
 
 def test_second_derivatives_are_those_of_the_plain_scan():
