@@ -102,15 +102,16 @@ class Blocks(NamedTuple):
         lambda out: out[i], outputs, is_leaf=lambda a: isinstance(a, Output)
       )
 
+    # Of many timesteps a thread can keep fewer neurons in its registers.
+    most = 256 if self.shape[1] <= 8 else 128
+    warps = max(1, min(8, self.height * self.width // most))
     return pl.pallas_call(
       body,
       grid=self.grid,
       in_specs=jax.tree.map(self.spec, arrays),
       out_shape=each(0),
       out_specs=each(1),
-      compiler_params=triton.CompilerParams(
-        num_warps=max(1, min(8, self.height * self.width // 256)), num_stages=1
-      ),
+      compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
       name=name,
     )(*arrays)
 

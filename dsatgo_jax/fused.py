@@ -7,12 +7,13 @@ keeps. The derivatives are the plain scan's, at any order of reverse mode.
 
 import functools
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
 from jax import custom_derivatives, lax
 
-from dsatgo_jax import dynamics, statistics, xla
+from dsatgo_jax import dynamics, statistics, surrogate, xla
 from dsatgo_jax import probes as tell
 
 
@@ -55,26 +56,25 @@ def _fused(settings, x, v, t, parameters, running, mask, probes):
   scan = functools.partial(_unrolled, binary=binary)
   plain = functools.partial(dynamics.scanned, scan, settings)
   inputs = x, v, t, parameters, running
-  if mask is None and not probes and _has_kernels(settings, *inputs):
-    from dsatgo_jax import kernels
-
+  kernels = _kernels(settings, *inputs)
+  if kernels and mask is None and not probes:
     kernel = functools.partial(kernels.forward, settings)
     return xla.either(kernel, functools.partial(plain, mask=None), *inputs)
   return plain(*inputs, mask)
 
 
-def _has_kernels(settings, x, v, t, parameters, running):
-  """Whether `kernels` can do it: the plain membrane, and levels of a layer."""
+def _kernels(settings, x, v, t, parameters, running):
+  """The module `kernels` if it can do this, else None."""
   if settings.kernel != 'pallas' or settings.record:
-    return False
+    return None
   numbers = parameters.decay, x, v
   if not all(
     a.dtype == jnp.float32 or a is x and a.dtype.itemsize == 2 for a in numbers
   ):
-    return False
+    return None
   known = all(isinstance(n, int) for n in x.shape)  # Or it is symbolic.
   if x.ndim < 3 or not known or x.size >= 2**31:
-    return False
+    return None
   scalar = jnp.zeros((), jnp.float32)
   theta, _, width = jax.eval_shape(
     functools.partial(dynamics.levels, settings.method),
@@ -84,10 +84,30 @@ def _has_kernels(settings, x, v, t, parameters, running):
     t,
   )
   if any(map(jnp.ndim, (parameters.decay, theta, width))):
-    return False
-  from dsatgo_jax import kernels
+    return None
+  has_gradient = hasattr(settings.surrogate, 'gradient')
+  if not has_gradient or not (kernels := _imported()):
+    return None
+  return None if kernels.refusal_of(settings.surrogate) else kernels
 
-  return kernels.knows(settings.surrogate)
+
+@functools.cache
+def _imported():
+  """The module `kernels`; None, and a warning, where Triton does not work."""
+  try:
+    from dsatgo_jax import kernels
+
+    error = kernels.refusal_of(surrogate.rectangular)
+  except ImportError as missing:
+    error = missing
+  if not error:
+    return kernels
+  warnings.warn(
+    "kernel='pallas' needs Pallas for Triton, which does not work here; the "
+    f'neurons are left to XLA. {type(error).__name__}: {error}',
+    stacklevel=2,
+  )
+  return None
 
 
 def _forward(settings, *primals):
@@ -117,9 +137,8 @@ def _pull(settings, silent, residuals, cotangents):
   )
   arguments = x, v, t, parameters, running, record, probes, *cotangents
   pull = functools.partial(_pull_steps, settings)
-  if not probes and _has_kernels(settings, x, v, t, parameters, running):
-    from dsatgo_jax import kernels
-
+  kernels = _kernels(settings, x, v, t, parameters, running)
+  if kernels and not probes:
     kernel = functools.partial(kernels.backward, settings, silent)
     pull = functools.partial(xla.either, kernel, pull)
   g_x, g_v, g_parameters, told = pull(*arguments)

@@ -11,12 +11,12 @@ They are taken for x [T, B, ..., C] in float32, bfloat16 or float16, for levels
 that are scalars and surrogates that `surrogate.custom` made, on one device and
 under `pmap` and `shard_map`. Programs for other devices, `jax.jit` of a sharded
 batch, `vmap`, probes, records, masks (forward) and derivatives of derivatives
-are left to XLA.
+are left to XLA. JAX 0.11 calls Pallas for Triton deprecated; where it is gone,
+`fused` warns, and all is left to XLA.
 """
 
 import functools
 import math
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,6 @@ from dsatgo_jax.blocks import (
   time_major,
   varying,
 )
-from dsatgo_jax.surrogate import rectangular
 from dsatgo_jax.threshold import is_measured
 
 
@@ -237,27 +236,17 @@ def _given(settings, x, v, parameters):
 
 
 @functools.lru_cache
-def knows(surrogate) -> bool:
-  """Whether Triton knows all that the surrogate's derivative is made of."""
-  gradient = getattr(surrogate, 'gradient', None)
-  if gradient is None:
-    return False
+def refusal_of(surrogate) -> Exception | None:
+  """Why Triton does not take the surrogate's derivative; None if it does."""
 
   def body(x, width, slope):
-    slope[...] = gradient(x[...], width[0])
+    slope[...] = surrogate.gradient(x[...], width[0])
 
   x, width = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (128, 1))
   call = pl.pallas_call(
     body, out_shape=x, compiler_params=triton.CompilerParams()
   )
-  error = refusal(call, x, width)
-  if error and surrogate is rectangular:
-    warnings.warn(
-      "kernel='pallas' needs Triton, which does not work here; the neurons are "
-      f'left to XLA. {type(error).__name__}: {error}',
-      stacklevel=2,
-    )
-  return not error and (surrogate is rectangular or knows(rectangular))
+  return refusal(call, x, width)
 
 
 def _levels(settings, parameters, t, moments, count):

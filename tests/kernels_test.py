@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsatgo_jax import (
+  fused,
   kernels,
   linen,
   methods,
@@ -299,11 +300,11 @@ def test_a_sharded_batch_is_left_to_xla():
 
 
 def test_without_triton_xla_takes_over(monkeypatch):
-  monkeypatch.setattr(kernels, 'refusal', lambda *_: OSError('no such library'))
-  kernels.knows.cache_clear()
-  with pytest.warns(UserWarning, match='needs Triton.*no such library'):
+  monkeypatch.setattr(kernels, 'refusal_of', lambda _: OSError('no library'))
+  fused._imported.cache_clear()
+  with pytest.warns(UserWarning, match='Triton, which does not .* no library'):
     assert not lowered(there_and_back, X[:1])
-  kernels.knows.cache_clear()
+  fused._imported.cache_clear()
 
 
 def test_an_unknown_kernel_is_refused():
