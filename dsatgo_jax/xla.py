@@ -193,7 +193,8 @@ def either(kernel, plain, *arguments):
   Args:
     kernel: of trees of arrays.
     plain: of the same, differentiable.
-    *arguments: trees of arrays; the two see no other traced values.
+    *arguments: trees of arrays; where the two know other traced values,
+      `plain` is taken.
 
   Returns:
     What `plain` returns.
@@ -208,6 +209,8 @@ def either(kernel, plain, *arguments):
 
   ours, shape = traced(plain)
   theirs, _ = traced(kernel)
+  if any(isinstance(a, jax.core.Tracer) for a in ours.consts + theirs.consts):
+    return plain(*arguments)  # A rule of one's own knows what is traced.
   flat = _either.bind(*flat, kernel=theirs, plain=ours)
   return jax.tree.unflatten(jax.tree.structure(shape), flat)
 
@@ -253,9 +256,10 @@ def _either_on_gpu(ctx, *arguments, kernel, plain):
   context = ctx.module_context.axis_context
   if isinstance(context, mlir.ShardingContext):
     alone = context.num_devices == 1
-  else:
-    axes = set(context.mesh.axis_names) if hasattr(context, 'mesh') else None
-    alone = axes is not None and axes == set(context.manual_axes)
+  else:  # Under `shard_map`, also if it is not over all axes.
+    alone = isinstance(context, mlir.SPMDAxisContext) and (
+      set(context.mesh.axis_names) == set(context.manual_axes)
+    )
   chosen = core.jaxpr_as_fun(kernel if alone else plain)
   return mlir.lower_fun(chosen, multiple_results=True)(ctx, *arguments)
 

@@ -265,6 +265,17 @@ MESH = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,))
       True,
     ),
     (
+      'a rule that knows what is traced',
+      lambda x: pallas(
+        x,
+        method=methods.Method(
+          lambda statistics, p, t, z=x[0, 0, 0, 0]: statistics.mean + z,
+          width.fixed,
+        ),
+      )[0],
+      False,
+    ),
+    (
       'Linen',
       lambda x: linen.SpikingNeuron(
         use_running_average=False, kernel='pallas'
