@@ -3,15 +3,16 @@
   pip install -e '.[train,plan-gpu]'
   python -m benchmarks.gpu [--cards h100,rtx4090] [--dtypes bfloat16,float32] \
       [--networks ResNet-19,...] [--ways 1,4-jit,...] \
-      [--neurons spiking,packed,layer] [--json FILE]
+      [--neurons spiking,pallas,packed,layer] [--json FILE]
   python -m benchmarks.gpu --check benchmarks/gpu.json
 
 Neither a driver nor CUDA is needed. Loss and gradients of each network beside
-its twin with ReLU in the place of the neurons, as it is, with `pack=True`
-('packed') and with `remat='layer'` ('layer'): kernels, MiB moved by those that
-are no library's, temporary MiB (without cuDNN's own) and collectives, a device;
-on one device, and on four under `jax.jit` with a sharded batch, `pmap` and
-`shard_map`. Nothing runs, so no time is measured.
+its twin with ReLU in the place of the neurons, as it is and with
+`kernel='pallas'`, `pack=True` ('packed') and `remat='layer'` ('layer'):
+kernels, MiB moved by those that are no library's, temporary MiB (without
+cuDNN's own) and collectives, a device; on one device, and on four under
+`jax.jit` with a sharded batch, `pmap` and `shard_map`. Nothing runs, so no time
+is measured.
 
 `--check` measures what is in a file again, and fails where a figure has grown
 by more than a tenth.
@@ -43,6 +44,7 @@ NETWORKS = {
 }
 NEURONS = {
   'spiking': {},
+  'pallas': {'kernel': 'pallas'},
   'packed': {'pack': True},
   'layer': {'remat': 'layer'},
 }

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dsatgo_jax import methods, statistics, tdbn, threshold
+from dsatgo_jax import dtypes, methods, statistics, tdbn, threshold
 from dsatgo_jax.threshold import is_measured
 
 
@@ -140,6 +140,7 @@ class Settings(NamedTuple):
   dtype: Any
   record: tuple[str, ...]
   at_rest: bool
+  kernel: str
 
 
 def at_rest(
@@ -157,7 +158,7 @@ def at_rest(
   Returns:
     `NeuronState`, its membrane zero and at least float32, its threshold `v_th`.
   """
-  dtype = statistics.wide(x.dtype)
+  dtype = dtypes.wide(x.dtype)
   theta = level_at_rest(method.threshold, parameters, method.measure, x)
   return NeuronState(
     jnp.zeros_like(x, dtype), jnp.zeros((), jnp.int32), theta.astype(dtype)
@@ -167,11 +168,11 @@ def at_rest(
 def level_at_rest(rule, parameters, measure, x):
   """`v_th`, or its mean, in the shape of what a rule gives for x [B, ...]."""
   v_th = jnp.asarray(parameters.v_th)
-  dtype = statistics.wide(v_th.dtype)
+  dtype = dtypes.wide(v_th.dtype)
   scalar = jax.ShapeDtypeStruct((), dtype)
   measured = statistics.Statistics(scalar, scalar)
   if measure is not statistics.measure:
-    u = jax.ShapeDtypeStruct(x.shape, statistics.wide(x.dtype, dtype))
+    u = jax.ShapeDtypeStruct(x.shape, dtypes.wide(x.dtype, dtype))
     measured = jax.eval_shape(lambda u: measure(u, ()), u)
   if not is_measured(rule):
     measured = None

@@ -7,12 +7,13 @@ keeps. The derivatives are the plain scan's, at any order of reverse mode.
 
 import functools
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import custom_derivatives, lax
 
-from dsatgo_jax import dynamics, statistics, xla
+from dsatgo_jax import dynamics, statistics, surrogate, xla
 from dsatgo_jax import probes as tell
 
 
@@ -54,26 +55,116 @@ def _fused(settings, x, v, t, theta, parameters, running, mask, probes):
   # A surrogate of one's own might not be the step that it should be.
   binary = hasattr(settings.surrogate, 'gradient')
   scan = functools.partial(_unrolled, binary=binary)
-  return dynamics.scanned(
-    scan, settings, x, v, t, theta, parameters, running, mask
+  kernels = None
+  if theta is None and mask is None and not probes:
+    kernels = _kernels(settings, x, v, t, parameters, running)
+  if not kernels:
+    return dynamics.scanned(
+      scan, settings, x, v, t, theta, parameters, running, mask
+    )
+
+  def plain(x, v, t, parameters, running):
+    return dynamics.scanned(
+      scan, settings, x, v, t, None, parameters, running, None
+    )
+
+  kernel = functools.partial(kernels.forward, settings)
+  return xla.either(kernel, plain, x, v, t, parameters, running)
+
+
+def _kernels(settings, x, v, t, parameters, running):
+  """The module `kernels` if it can do this, else None."""
+  if settings.kernel != 'pallas' or settings.record:
+    return None
+  if settings.method.measure is not statistics.measure:
+    return None
+  numbers = parameters.decay, x, v
+  if not all(
+    a.dtype == jnp.float32 or a is x and a.dtype.itemsize == 2 for a in numbers
+  ):
+    return None
+  known = all(isinstance(n, int) for n in x.shape)  # Or it is symbolic.
+  if x.ndim < 3 or not known or x.size >= 2**31:
+    return None
+  scalar = jnp.zeros((), jnp.float32)
+  theta, _, width = jax.eval_shape(
+    functools.partial(dynamics.levels, settings.method),
+    statistics.Statistics(scalar, scalar),
+    jax.tree.map(lambda a: a[0], running),
+    parameters,
+    t,
   )
+  if any(map(jnp.ndim, (parameters.decay, theta, width))):
+    return None
+  has_gradient = hasattr(settings.surrogate, 'gradient')
+  if not has_gradient or not (kernels := _imported()):
+    return None
+  return None if kernels.refusal_of(settings.surrogate) else kernels
 
 
-def _forward(settings, x, v, t, theta, parameters, running, mask, probes):
-  outputs = _fused(settings, x, v, t, theta, parameters, running, mask, probes)
-  measured = xla.kept(outputs[2].statistics)
+@functools.cache
+def _imported():
+  """The module `kernels`; None, and a warning, where Triton does not work."""
+  try:
+    from dsatgo_jax import kernels
+
+    error = kernels.refusal_of(surrogate.rectangular)
+  except ImportError as missing:
+    error = missing
+  if not error:
+    return kernels
+  warnings.warn(
+    "kernel='pallas' needs Pallas for Triton, which does not work here; the "
+    f'neurons are left to XLA. {type(error).__name__}: {error}',
+    stacklevel=2,
+  )
+  return None
+
+
+def _forward(settings, *primals):
+  primals = custom_derivatives.custom_vjp_primal_tree_values(primals)
+  x, v, t, theta, parameters, running, mask, probes = primals
+  outputs = _fused(settings, *primals)
+  record = xla.kept(dynamics.Record(*outputs[2][:4]))
   if theta is not None:  # Of each timestep, the one before it.
-    theta = jnp.concatenate([theta[None], outputs[2].theta[:-1]])
-  return outputs, (x, v, t, theta, parameters, running, measured, probes)
+    theta = jnp.concatenate([theta[None], record.theta[:-1]])
+  return outputs, (x, v, t, theta, parameters, running, record, probes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _backward(settings, residuals, cotangents):
-  x, v, t, theta, parameters, running, measured, probes = residuals
-  g_spikes, g_v, g_record = cotangents
+  silent = isinstance(cotangents[1], custom_derivatives.SymbolicZero)
+
+  def known(a):
+    if isinstance(a, custom_derivatives.SymbolicZero):
+      return jnp.zeros_like(residuals[0], a.dtype, shape=a.shape)
+    return a
+
+  return _pull(settings, silent, residuals, jax.tree.map(known, cotangents))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pull(settings, silent, residuals, cotangents):
+  x, v, t, theta, parameters, running, record, probes = residuals
   (parameters, probes), pool = jax.vjp(
     functools.partial(xla.vary_like, x), (parameters, probes)
   )
+  arguments = x, v, t, parameters, running, record, probes, *cotangents
+  pull = functools.partial(_pull_steps, settings, theta)
+  kernels = _kernels(settings, x, v, t, parameters, running)
+  if kernels and theta is None and not probes:
+    kernel = functools.partial(kernels.backward, settings, silent)
+    pull = functools.partial(xla.either, kernel, pull)
+  g_x, g_v, g_parameters, told = pull(*arguments)
+  (pooled,) = pool((g_parameters, told))
+  return g_x, g_v, None, None, pooled[0], None, None, pooled[1]
+
+
+def _pull_steps(
+  settings, theta, x, v, t, parameters, running, record, probes,
+  g_spikes, g_v, g_record,
+):  # fmt: skip
+  """The cotangents of x, v, the parameters and the probes."""
+  measured = record.statistics
   decay, kept = parameters.decay, x.dtype
   g_last = g_spikes[-1].astype(g_v.dtype) + g_v
   x, pull_x = jax.vjp(
@@ -167,11 +258,10 @@ def _backward(settings, residuals, cotangents):
     name: jnp.stack(rows[::-1]).astype(probes[name].dtype)
     for name, rows in told.items()
   }
-  (pooled,) = pool((g_parameters, told))
-  return g_x, g_v, None, None, pooled[0], None, None, pooled[1]
+  return g_x, g_v, g_parameters, told
 
 
-_fused.defvjp(_forward, _backward)
+_fused.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _unrolled(body, carry, xs, binary):

@@ -14,11 +14,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from dsatgo_jax import methods, statistics, tdbn, threshold
+from dsatgo_jax.carry import APART
 from dsatgo_jax.dynamics import (
   NeuronState,
   Parameters,
   Running,
-  at_rest,
   level_at_rest,
 )
 from dsatgo_jax.neurons import arrays, run, sequence
@@ -133,7 +133,7 @@ def layer(
   if not whole:
     found = times
     if held is not None:
-      found = jnp.where(times < _APART, jnp.minimum(times, held), times)
+      found = jnp.where(times < APART, jnp.minimum(times, held), times)
     here = jax.tree.map(
       lambda a: a.at[found].get(mode='fill', fill_value=jnp.nan), running
     )
@@ -282,96 +282,6 @@ def resize_time(variables: Tree, num_steps: int) -> Tree:
   return jax.tree_util.tree_map_with_path(resized, variables)
 
 
-def initial_carry(
-  shape: tuple[int, ...],
-  dtype,
-  param_dtype,
-  parameters: Parameters,
-  method: methods.Method,
-  init: Callable[..., Any] | None = None,
-) -> NeuronState:
-  """A cell's state before the first timestep.
-
-  Args:
-    shape: x's, [B, ...].
-    dtype: of the spikes, or None.
-    param_dtype: of the parameters; the membrane is at least as wide as both.
-    parameters: the neuron's numbers.
-    method: the rules.
-    init: `init(shape, dtype)`, the membrane; None for zeros.
-
-  Returns:
-    `NeuronState`, its t and theta with an axis [B] in front, so that RNNs can
-    pick what belongs to an example.
-  """
-  dtype = jnp.promote_types(dtype or jnp.float32, param_dtype)
-  dtype = jnp.promote_types(dtype, jnp.float32)
-  rest = at_rest(jax.ShapeDtypeStruct(shape, dtype), parameters, method)
-  v = rest.v if init is None else init(shape, dtype)
-  theta = jnp.broadcast_to(rest.theta, (*shape[:1], *rest.theta.shape))
-  return NeuronState(v, jnp.zeros(shape[:1], jnp.int32), theta)
-
-
-def of_all(carry: NeuronState, start: NeuronState) -> NeuronState:
-  """A cell's carry as the state of a layer.
-
-  Args:
-    carry: its t and theta with an axis [B] in front, or without it.
-    start: `initial_carry`.
-
-  Returns:
-    `NeuronState`, its t of `shared_time`.
-  """
-  theta = carry.theta
-  if theta is not None and jnp.ndim(theta) == start.theta.ndim:
-    theta = theta[0] if len(theta) else None
-  return NeuronState(carry.v, shared_time(carry.t), theta)
-
-
-def of_examples(
-  state: NeuronState, carry: NeuronState, start: NeuronState
-) -> NeuronState:
-  """The state of a layer after a timestep as a cell's carry.
-
-  Args:
-    state: `NeuronState`.
-    carry: the one before.
-    start: `initial_carry`.
-
-  Returns:
-    `NeuronState`, of the shapes of `carry`.
-  """
-  theta = state.theta
-  if theta is not None:
-    like = start.theta if carry.theta is None else carry.theta
-    theta = jnp.broadcast_to(theta, jnp.shape(like))
-  return NeuronState(state.v, carry.t + 1, theta)
-
-
-# The time of examples that are at different timesteps: past any end.
-_APART = np.iinfo(np.int32).max
-
-
-def shared_time(t) -> jax.Array:
-  """The timestep at which all examples of a cell's carry are.
-
-  Args:
-    t: [B], of which Flax's RNNs pick each example's last one by `seq_lengths`;
-      or a scalar.
-
-  Returns:
-    A scalar. Where the examples are at different timesteps it is past the end
-    of any recording; see `layer`.
-  """
-  t = jnp.asarray(t)
-  if not t.ndim:
-    return t
-  if 0 in t.shape:
-    return jnp.zeros((), t.dtype)
-  last = jnp.max(t)
-  return jnp.where(last == jnp.min(t), last, _APART)
-
-
 def _check_length(x, start, num_steps, whole):
   """Raises a `ValueError` for timesteps that the neuron does not have."""
   if num_steps is None:
@@ -381,7 +291,7 @@ def _check_length(x, start, num_steps, whole):
   end = x.shape[0] + start
   if end > num_steps or (whole and end != num_steps):
     begin = f' from timestep {start} on' if start else ''
-    if start == _APART:
+    if start == APART:
       begin = ' from a different timestep on for each example'
     raise ValueError(
       'This neuron was built for so many timesteps (num_steps, or its running '

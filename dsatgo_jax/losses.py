@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsatgo_jax import statistics
+from dsatgo_jax import dtypes
 
 
 def prediction(logits: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -200,7 +200,7 @@ def rmp(u: Any, theta: Any, mask: jax.Array | None = None) -> jax.Array:
 
 def _at_least_float32(x):
   x = jnp.asarray(x)
-  return x.astype(statistics.wide(x.dtype))
+  return x.astype(dtypes.wide(x.dtype))
 
 
 def _over_examples(x, mask, name):
@@ -248,7 +248,7 @@ def _checked(logits, mask):
     raise ValueError(
       f'Expected a mask [T, B] of shape {logits.shape[:2]}, got {mask.shape=}.'
     )
-  logits = logits.astype(statistics.wide(logits.dtype))
+  logits = logits.astype(dtypes.wide(logits.dtype))
   return logits if mask is None else jnp.where(mask[..., None], logits, 0)
 
 

@@ -15,9 +15,9 @@ from jax import lax
 
 from dsatgo_jax import (
   devices,
+  dtypes,
   dynamics,
   methods,
-  statistics,
   tdbn,
   threshold,
   width,
@@ -119,6 +119,7 @@ def run(
   dtype=None,
   record: bool | Sequence[str] = False,
   fused: bool | None = None,
+  kernel: str = 'xla',
   probes: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, NeuronState, Record]:
   """All timesteps of a sequence.
@@ -152,6 +153,9 @@ def run(
       autodiff, which forward mode needs. The derivatives are the same, at any
       order of reverse mode. None is False for surrogates that
       `surrogate.straight_through` made, else True; with probes it is True.
+    kernel: 'xla', or 'pallas' for kernels of our own in programs for NVIDIA
+      GPUs: fewer, which move less memory; see the module `kernels` for where
+      they are taken. Elsewhere, and for second derivatives, it is 'xla'.
     probes: zeros whose gradients tell of the gradients here, by name; see the
       module `probes`.
 
@@ -162,9 +166,9 @@ def run(
   Raises:
     ValueError: x has no batch axis or is complex; a parameter does not
       broadcast against x[0], or must be positive and is not; running averages,
-      state or mask do not fit x; an unknown method, surrogate or reset, a dtype
-      that is not floating point, or a single neuron in all, which has no
-      deviation.
+      state or mask do not fit x; an unknown method, surrogate, reset or kernel,
+      a dtype that is not floating point, or a single neuron in all, which has
+      no deviation.
   """
   x = sequence(x)
   if reset not in RESETS:
@@ -178,8 +182,9 @@ def run(
   method = methods.get(method)
   settings = Settings(
     method, surrogates.get(surrogate), reset, _chosen('cut', cut, PATHS),
-    axis_name, statistics.floating(dtype or x.dtype),
+    axis_name, dtypes.floating(dtype or x.dtype),
     _chosen('record', record, RECORDS), state is None,
+    *_chosen('kernel', (kernel,), KERNELS),
   )  # fmt: skip
   probes = dict(probes or {})
   for name, probe in probes.items():
@@ -228,6 +233,10 @@ def run(
     tdbn.mask_of(x, mask),
     probes,
   )
+
+
+# Who makes the fused scan's kernels on a GPU.
+KERNELS = ('xla', 'pallas')
 
 
 # So that eager calls compile once; within a program XLA dissolves it.
@@ -312,7 +321,7 @@ def _checked(parameters, method, reset, x, dtype):
     check_positive(
       **{'the mean of tdbn_scale': None if scale is None else np.mean(scale)}
     )
-  return arrays(parameters, statistics.wide(x.dtype, dtype))
+  return arrays(parameters, dtypes.wide(x.dtype, dtype))
 
 
 _NUMBERS = ('decay', 'v_th', 'f_c', 'width')
@@ -320,7 +329,7 @@ _NUMBERS = ('decay', 'v_th', 'f_c', 'width')
 
 def arrays(parameters, dtype):
   """All numbers as arrays, at least float32."""
-  dtype = statistics.wide(dtype or jnp.float32)
+  dtype = dtypes.wide(dtype or jnp.float32)
   numbers = {name: jnp.asarray(getattr(parameters, name)) for name in _NUMBERS}
   return jax.tree.map(
     lambda p: jnp.asarray(p, dtype), parameters._replace(**numbers)

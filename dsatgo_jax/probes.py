@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsatgo_jax import statistics, xla
+from dsatgo_jax import dtypes, xla
 
 SUMS = ('paths', 'sample', 'reach')
 NAMES = (*SUMS, 'u', 's')
@@ -59,7 +59,7 @@ def zeros(name: str, x: jax.Array) -> jax.Array:
     'u': x.shape,
     's': x.shape,
   }[name]
-  return jnp.zeros(shape, statistics.wide(x.dtype))
+  return jnp.zeros(shape, dtypes.wide(x.dtype))
 
 
 def paths(parts, g_spikes, num_neurons, zero):

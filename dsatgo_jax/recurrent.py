@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import Partial
 
-from dsatgo_jax import methods, neurons, statistics, tdbn
+from dsatgo_jax import dtypes, methods, neurons, tdbn
 from dsatgo_jax.dynamics import (
   NeuronState,
   Parameters,
@@ -134,9 +134,9 @@ def run(
   """
   x = neurons.sequence(x)
   method = methods.get(method)
-  dtype = statistics.floating(settings.get('dtype') or x.dtype)
+  dtype = dtypes.floating(settings.get('dtype') or x.dtype)
   of_v = x.dtype if state is None else jnp.asarray(state.v).dtype
-  wide = statistics.wide(x.dtype, of_v)
+  wide = dtypes.wide(x.dtype, of_v)
   numbers = neurons.arrays(parameters, wide)
   x = presynaptic(x, numbers)
   parameters = parameters._replace(norm=None)
@@ -206,8 +206,8 @@ def integrate(
   neurons.check_fits(x, decay=decay)
   state = jax.tree.map(jnp.asarray, at_rest(x[0]) if state is None else state)
   neurons.check_state(x, state)
-  dtype = statistics.floating(dtype or x.dtype)
-  wide = statistics.wide(x.dtype, state.v.dtype)
+  dtype = dtypes.floating(dtype or x.dtype)
+  wide = dtypes.wide(x.dtype, state.v.dtype)
   v = state.v.astype(wide)
   v, membranes = _integrate(dtype, x, v, jnp.asarray(decay, wide))
   return membranes, NeuronState(v, state.t + len(x))

@@ -4,7 +4,6 @@ One scalar each per layer and timestep, over all axes of the batch, pooled over
 devices by `axis_name`; no gradient flows through either.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dsatgo_jax import devices, xla
+from dsatgo_jax import devices, dtypes, xla
 
 # Of deviations whose squares vanish or overflow, those of their products with
 # the one or the other do not, from about 1e-36 to 1e22 in float32.
@@ -68,14 +67,33 @@ def measure(u: jax.Array, axis_name=None, mask=None) -> Statistics:
   # In this order no product is larger than the sum of squares.
   square -= scale * total * (scale * total / number)
   norm = jnp.sqrt(_not_negative(square)) / scale
+  return of_devices(mean, norm, counted, axis_name, mask is None)
+
+
+def of_devices(
+  mean: jax.Array, norm: jax.Array, counted, axis_name=None, even: bool = True
+) -> Statistics:
+  """`Statistics` of what each device has measured.
+
+  Args:
+    mean: of its membrane, a scalar.
+    norm: the root of the sum of squared deviations from it, a scalar.
+    counted: how many neurons that is of; a number, or a scalar.
+    axis_name: mapped axis, or axes, over which the batch is spread.
+    even: whether `counted` is the same on all devices.
+
+  Returns:
+    `Statistics` of scalars.
+  """
   if axis_name:
-    parts = [mean, norm] if mask is None else [mean, norm, counted]
+    parts = [mean, norm] if even else [mean, norm, counted]
     means, norms, *counts = devices.gather(jnp.stack(parts), axis_name).T
     mean = means[0] + weighted_mean(means - means[0], *counts)
     each = counts[0] if counts else counted
     norm = _hypot(jnp.stack([norms, jnp.sqrt(each) * (means - mean)]))
+    num_devices = devices.axis_size(axis_name)
     counted = jnp.sum(each) if counts else counted * num_devices
-  free = jnp.asarray(nonzero(counted - 1), u.dtype)
+  free = jnp.asarray(nonzero(counted - 1), mean.dtype)
   return Statistics(mean, norm / jnp.sqrt(free))
 
 
@@ -114,7 +132,7 @@ def count(x: jax.Array, per: int = 0, mask=None):
   each = math.prod(x.shape[first : x.ndim - per])
   if mask is None:
     return each
-  return each * jnp.sum(mask, dtype=wide(x.dtype))
+  return each * jnp.sum(mask, dtype=dtypes.wide(x.dtype))
 
 
 def nonzero(count):
@@ -268,7 +286,7 @@ def sums(terms: tuple[jax.Array, ...], per: int = 0) -> tuple[jax.Array, ...]:
 
   def in_pairs(*terms):
     # Each reduction takes a GPU several kernels; of a complex number, too.
-    dtype = wide(x.dtype)
+    dtype = dtypes.wide(x.dtype)
     single, pairs = terms[: len(terms) % 2], terms[len(terms) % 2 :]
     total = [jnp.sum(term, axes) for term in single]
     for pair in zip(pairs[::2], pairs[1::2], strict=True):
@@ -341,37 +359,6 @@ def share(a: jax.Array, axis_name=None, mask=None, dtype=jnp.float32):
     return lax.pmean(total / number, axis_name)
   total, number = lax.psum((total, number), axis_name)
   return total / nonzero(number)
-
-
-def wide(*dtypes) -> jnp.dtype:
-  """What numbers of these dtypes are computed in: at least float32.
-
-  Args:
-    *dtypes: anything that names one.
-
-  Returns:
-    The widest; under strict promotion, too, since it is meant.
-  """
-  with jax.numpy_dtype_promotion('standard'):
-    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype('float32'))
-
-
-def floating(dtype) -> jnp.dtype:
-  """The dtype of an output.
-
-  Args:
-    dtype: anything that names one.
-
-  Returns:
-    It.
-
-  Raises:
-    ValueError: it is not floating point, and so would pass no gradient.
-  """
-  dtype = jnp.dtype(dtype)
-  if not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f'Expected a floating-point dtype, got {dtype=!s}.')
-  return dtype
 
 
 def running_average(old: jax.Array, new: jax.Array, momentum) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsatgo_jax import devices, statistics, xla
+from dsatgo_jax import devices, dtypes, statistics, xla
 
 
 def measure(
@@ -30,7 +30,7 @@ def measure(
     Mean and variance [C], at least float32.
   """
   devices.warn_if_not_pooled(axis_name, x)
-  x = x.astype(statistics.wide(x.dtype))
+  x = x.astype(dtypes.wide(x.dtype))
   channels = jax.P(*jax.typeof(x).sharding.spec[-1:])
   pooled = xla.automatic(functools.partial(_pooled, axis_name), channels)
   return xla.kept(pooled(x, mask))
@@ -160,7 +160,7 @@ class Affine(NamedTuple):
 
 def _promoted(*arrays):
   """The dtype of arrays and numbers together, under strict promotion, too."""
-  return statistics.wide(*(a.dtype for a in arrays if hasattr(a, 'dtype')))
+  return dtypes.wide(*(a.dtype for a in arrays if hasattr(a, 'dtype')))
 
 
 def affine(mean, variance, scale, bias, epsilon=1e-5) -> Affine:
@@ -202,7 +202,7 @@ def scale_and_bias(
       dtype = jnp.float32
     bias = jnp.zeros(x.shape[-1:], dtype)
   if scale is None:
-    scale = jnp.full(x.shape[-1:], factor, statistics.wide(bias.dtype))
+    scale = jnp.full(x.shape[-1:], factor, dtypes.wide(bias.dtype))
   elif factored:
     scale = factor * scale
   return scale, bias

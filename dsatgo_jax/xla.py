@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+from jax.interpreters import batching, mlir
 
 
 def parts(num_steps):
@@ -193,3 +195,89 @@ def vary_like(x, tree):
   return jax.tree.map(
     lambda a: a + jnp.zeros_like(x, dtype=a.dtype, shape=()), tree
   )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def either(kernel, plain, *arguments):
+  """`plain(*arguments)`, or what does the same as a program's own kernels.
+
+  Those are taken where a program, or its part under `shard_map` or `pmap`, is
+  for one NVIDIA GPU. XLA can't split them over devices: it would gather what
+  they read. Under `vmap`, and for derivatives of it, `plain` is taken.
+
+  Args:
+    kernel: of trees of arrays.
+    plain: of the same, differentiable.
+    *arguments: trees of arrays; where the two know other traced values,
+      `plain` is taken.
+
+  Returns:
+    What `plain` returns.
+  """
+  flat, tree = jax.tree.flatten(arguments)
+
+  def traced(function):
+    def of_flat(*flat):
+      return function(*tree.unflatten(flat))
+
+    return jax.make_jaxpr(of_flat, return_shape=True)(*flat)
+
+  ours, shape = traced(plain)
+  theirs, _ = traced(kernel)
+  if any(isinstance(a, jax.core.Tracer) for a in ours.consts + theirs.consts):
+    return plain(*arguments)  # A rule of one's own knows what is traced.
+  flat = _either.bind(*flat, kernel=theirs, plain=ours)
+  return jax.tree.unflatten(jax.tree.structure(shape), flat)
+
+
+def _either_forward(kernel, plain, *arguments):
+  return either(kernel, plain, *arguments), arguments
+
+
+def _either_backward(kernel, plain, arguments, cotangent):
+  del kernel
+  return jax.vjp(plain, *arguments)[1](cotangent)
+
+
+either.defvjp(_either_forward, _either_backward)
+
+_either = core.Primitive('either')
+_either.multiple_results = True
+_either.def_abstract_eval(lambda *_, kernel, plain: plain.out_avals)
+
+
+@_either.def_impl
+def _plainly(*arguments, kernel, plain):
+  del kernel
+  return core.jaxpr_as_fun(plain)(*arguments)
+
+
+def _either_batched(axis, arguments, dims, kernel, plain):
+  del kernel
+  outputs = jax.vmap(
+    core.jaxpr_as_fun(plain),
+    dims,
+    axis_name=axis.name,
+    axis_size=axis.size,
+    spmd_axis_name=axis.spmd_name,
+  )(*arguments)
+  return outputs, [0] * len(outputs)
+
+
+batching.fancy_primitive_batchers[_either] = _either_batched
+
+
+def _either_on_gpu(ctx, *arguments, kernel, plain):
+  context = ctx.module_context.axis_context
+  if isinstance(context, mlir.ShardingContext):
+    alone = context.num_devices == 1
+  else:  # Under `shard_map`, also if it is not over all axes.
+    alone = isinstance(context, mlir.SPMDAxisContext) and (
+      set(context.mesh.axis_names) == set(context.manual_axes)
+    )
+  chosen = core.jaxpr_as_fun(kernel if alone else plain)
+  return mlir.lower_fun(chosen, multiple_results=True)(ctx, *arguments)
+
+
+mlir.register_lowering(_either, mlir.lower_fun(_plainly, multiple_results=True))
+mlir.register_lowering(_either, _either_on_gpu, platform='cuda')

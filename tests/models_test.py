@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import traverse_util
 from scipy import stats
 
-from dsatgo_jax import convert, losses, models
+from dsatgo_jax import convert, layers, losses, methods, models
 from dsatgo_jax.methods import METHODS
 
 REFERENCE = pathlib.Path(__file__).parent / 'testdata' / 'resnet19_narrow.npz'

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatgo_jax import (
+  carry,
   devices,
+  dtypes,
   dynamics,
   layers,
   linen,
@@ -232,6 +234,9 @@ FUNCTIONS = {
   'surrogate.custom': lambda x: surrogate.custom(lambda x, w: w - x)(x, 0.9),
   'statistics.measure': statistics.measure,
   'statistics.moments': statistics.moments,
+  'statistics.of_devices': lambda x: statistics.of_devices(
+    jnp.mean(x), jnp.sqrt(jnp.sum(x**2)), x.size
+  ),
   'statistics.histogram': statistics.histogram,
   'statistics.sample': lambda x: statistics.sample(x**2, x),
   'statistics.share': lambda x: statistics.share(x > 0.5),
@@ -328,22 +333,22 @@ OF_SETTINGS = {
   'layers.check_shares',
   'layers.averaged',
   'layers.initial_average',
-  'layers.initial_carry',
+  'carry.initial',
   'neurons.logit',
-  'layers.of_all',
-  'layers.of_examples',
+  'carry.of_all',
+  'carry.of_examples',
   'recurrent.adapting',
   'recurrent.current',
   'recurrent.weights',
   'surrogate.get',
   'layers.resize_time',
   'packing.width',
-  'layers.shared_time',
+  'carry.shared_time',
   'layers.typed_call',
   'layers.static',
   'devices.axis_size',
-  'statistics.floating',
-  'statistics.wide',
+  'dtypes.floating',
+  'dtypes.wide',
   'devices.warn_if_not_pooled',
   'tdbn.mask_of',
   'threshold.follows',
@@ -363,7 +368,8 @@ PARTS = {
 
 def test_no_public_function_is_forgotten():
   modules = (
-    surrogate, statistics, devices, threshold, width, methods, dynamics,
+    surrogate, statistics, dtypes, carry, devices, threshold, width, methods,
+    dynamics,
     neurons, recurrent, layers, quantile, packing, tdbn, losses, time_axis,
     linen, snnx,
   )  # fmt: skip

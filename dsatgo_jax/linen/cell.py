@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsatgo_jax import layers, methods
+from dsatgo_jax import carry as carries
+from dsatgo_jax import methods
 from dsatgo_jax.linen.neuron import SpikingNeuron
 from dsatgo_jax.neurons import NeuronState, Parameters
 
@@ -48,11 +49,11 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
     spikes, state = self._run(
       x[None],
       use_running_average,
-      layers.of_all(carry, start),
+      carries.of_all(carry, start),
       True,
       per_step=True,
     )
-    return layers.of_examples(state, carry, start), spikes[0]
+    return carries.of_examples(state, carry, start), spikes[0]
 
   @nn.nowrap
   def initialize_carry(self, rng, input_shape) -> NeuronState:
@@ -68,6 +69,6 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
     del rng
     parameters = Parameters(self.decay, self.v_th, self.f_c, self.width)
     method = methods.get(self.method, self.threshold, self.width_signal)
-    return layers.initial_carry(
+    return carries.initial(
       input_shape, self.dtype, self.param_dtype, parameters, method
     )

@@ -54,6 +54,8 @@ class SpikingNeuron(nn.Module):
       `pmap` or `shard_map` warns; () says that they are each device's own.
     fused: False leaves the scan to autodiff, which forward mode needs; None
       does so for surrogates made by `surrogate.straight_through`.
+    kernel: 'xla', or 'pallas' for kernels of our own on NVIDIA GPUs; see
+      `neurons.run`.
     dtype: of the spikes; None for x's.
     param_dtype: of `w`, `v_th` and the running values (at least float32).
   """
@@ -76,6 +78,7 @@ class SpikingNeuron(nn.Module):
   beyond: Literal['error', 'hold'] = 'error'
   axis_name: Any = None
   fused: bool | None = None
+  kernel: str = 'xla'
   dtype: Any = None
   param_dtype: Any = jnp.float32
 
@@ -199,6 +202,7 @@ class SpikingNeuron(nn.Module):
       cut=self.cut,
       axis_name=self.axis_name if active else (),
       fused=self.fused,
+      kernel=self.kernel,
       dtype=self.dtype,
       record=[
         name

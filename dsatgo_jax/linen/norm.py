@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from dsatgo_jax import neurons, statistics, tdbn
+from dsatgo_jax import dtypes, neurons, tdbn
 
 
 class TdBatchNorm(nn.Module):
@@ -79,7 +79,7 @@ class TdBatchNorm(nn.Module):
     """
     affine, x = self.affine(x, use_running_average, mask=mask), jnp.asarray(x)
     dtype = self.dtype or jnp.result_type(x, affine.bias)
-    return affine(x).astype(statistics.floating(dtype))
+    return affine(x).astype(dtypes.floating(dtype))
 
   @nn.compact
   def affine(
@@ -115,7 +115,7 @@ class TdBatchNorm(nn.Module):
       scale = self.param('scale', start, shape, self.param_dtype)
     if self.use_bias:
       bias = self.param('bias', self.bias_init, shape, self.param_dtype)
-    running_dtype = statistics.wide(self.param_dtype)
+    running_dtype = dtypes.wide(self.param_dtype)
     running = [
       self.variable('batch_stats', name, fill, shape, running_dtype)
       for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))

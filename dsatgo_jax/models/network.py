@@ -67,6 +67,7 @@ class Network(nn.Module):
   alpha: float = 1.0
   axis_name: Any = None
   fused: bool | None = None
+  kernel: str = 'xla'
   pack: bool = False
   remat: str | None = None
   dtype: Any = jnp.float32
@@ -123,6 +124,7 @@ class Network(nn.Module):
         momentum=self.momentum,
         beyond=self.beyond,
         fused=self.fused,
+        kernel=self.kernel,
         **shared,
       ),
       REMAT[self.remat],

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsatgo_jax import layers
+from dsatgo_jax import carry as carries
 from dsatgo_jax.neurons import NeuronState
 from dsatgo_jax.nnx.neuron import SpikingNeuron
 
@@ -65,10 +65,10 @@ class SpikingCell(SpikingNeuron, nnx.RNNCellBase):
     spikes, state = super().__call__(
       x[None],
       use_running_average,
-      state=layers.of_all(carry, start),
+      state=carries.of_all(carry, start),
       return_state=True,
     )
-    return layers.of_examples(state, carry, start), spikes[0]
+    return carries.of_examples(state, carry, start), spikes[0]
 
   def initialize_carry(self, input_shape, rngs=None, carry_init=None):
     """The state at rest, for x of shape [B, ...].
@@ -85,7 +85,7 @@ class SpikingCell(SpikingNeuron, nnx.RNNCellBase):
     if carry_init is not None:
       stream = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
       init = functools.partial(carry_init, stream and stream())
-    return layers.initial_carry(
+    return carries.initial(
       input_shape,
       self.dtype,
       self.param_dtype,

@@ -40,6 +40,7 @@ class SpikingNeuron(nnx.Module):
     beyond: Literal['error', 'hold'] = 'error',
     axis_name: Any = None,
     fused: bool | None = None,
+    kernel: str = 'xla',
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs | None = None,
@@ -68,6 +69,7 @@ class SpikingNeuron(nnx.Module):
       beyond: 'hold' allows another T, and holds the last running value.
       axis_name: mapped axis over which the statistics are pooled.
       fused: False leaves the scan to autodiff, as forward mode needs.
+      kernel: 'xla', or 'pallas' for kernels of our own on NVIDIA GPUs.
       dtype: of the spikes; None for x's.
       param_dtype: of `w`, `v_th` and the running values (at least float32).
       rngs: not needed.
@@ -88,7 +90,7 @@ class SpikingNeuron(nnx.Module):
     self.reset, self.detach_reset, self.cut = reset, detach_reset, tuple(cut)
     self.momentum, self.beyond = momentum, beyond
     self.axis_name = axis_name
-    self.fused = fused
+    self.fused, self.kernel = fused, kernel
     self.dtype, self.param_dtype = dtype, param_dtype
     neurons.check_positive(num_steps=num_steps, v_th=v_th, f_c=f_c, width=width)
     layers.check_shares(decay, learn_decay, momentum)
@@ -184,6 +186,7 @@ class SpikingNeuron(nnx.Module):
       cut=self.cut,
       axis_name=self.axis_name,
       fused=self.fused,
+      kernel=self.kernel,
       dtype=self.dtype,
       record=[name for name, kind in CAPTURED.items() if kind in kinds],
       probes={

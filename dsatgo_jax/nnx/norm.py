@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from dsatgo_jax import neurons, statistics, tdbn
+from dsatgo_jax import dtypes, neurons, tdbn
 from dsatgo_jax.nnx.variables import chosen
 
 
@@ -66,7 +66,7 @@ class TdBatchNorm(nnx.Module):
 
     self.scale = learnt(scale_init or start) if use_scale else nnx.data(None)
     self.bias = learnt(bias_init) if use_bias else nnx.data(None)
-    running_dtype = statistics.wide(param_dtype)
+    running_dtype = dtypes.wide(param_dtype)
     self.mean = nnx.BatchStat(jnp.zeros(shape, running_dtype))
     self.var = nnx.BatchStat(jnp.ones(shape, running_dtype))
     self.num_features = num_features
@@ -102,7 +102,7 @@ class TdBatchNorm(nnx.Module):
     x = jnp.asarray(x)
     affine = self._affine(x, use_running_average, mask)
     dtype = self.dtype or jnp.result_type(x, affine.bias)
-    return affine(x).astype(statistics.floating(dtype))
+    return affine(x).astype(dtypes.floating(dtype))
 
   def affine(
     self,

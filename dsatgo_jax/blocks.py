@@ -1,0 +1,268 @@
+"""Blocks of arrays, as Pallas kernels for a GPU (Triton) go over them."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+
+class Given(NamedTuple):
+  """What kernels read: arrays, their `BlockSpec`s, or references to blocks.
+
+  Attributes:
+    x: [B, T, M, C].
+    v: the membrane before x, [B, M, C]; None for neurons at rest.
+    norm: of `Parameters`, [1, C] each, or None.
+    decay: [1].
+    gates: of `Parameters`, [3], or None.
+    theta: of the timesteps so far, [1] each.
+    width: likewise.
+    known: likewise; spikes are NaN where it is not finite.
+  """
+
+  x: Any
+  v: Any
+  norm: Any
+  decay: Any
+  gates: Any
+  theta: Any = ()
+  width: Any = ()
+  known: Any = ()
+
+
+class Blocks(NamedTuple):
+  """[B, T, M, C] cut along B, M and C; a program goes over `times` blocks."""
+
+  shape: tuple[int, ...]
+  height: int
+  width: int
+  times: int = 1
+
+  @property
+  def rows(self):
+    """Of a program."""
+    return self.height * self.times
+
+  @property
+  def grid(self):
+    """Programs along B, M and C."""
+    batch, _, m, c = self.shape
+    return batch, pl.cdiv(m, self.rows), pl.cdiv(c, self.width)
+
+  def tile(self, i=0):
+    """Block i of a program."""
+    rows = slice(None)
+    if self.times > 1:
+      rows = pl.ds(i * self.height, self.height)
+    shape, mask = (self.height, self.width), []
+    if self.shape[2] % self.rows:
+      row = pl.program_id(1) * self.rows + i * self.height
+      row += lax.broadcasted_iota(jnp.int32, shape, 0)
+      mask.append(row < self.shape[2])
+    if (column := self.columns()) is not None:
+      mask.append(jnp.broadcast_to(column[None], shape))
+    return Tile(rows, functools.reduce(jnp.logical_and, mask) if mask else None)
+
+  def columns(self):
+    """Which channels of a program exist; None for all."""
+    if self.shape[3] % self.width == 0:
+      return None
+    first = pl.program_id(2) * self.width
+    return first + jnp.arange(self.width) < self.shape[3]
+
+  def channels_of(self, ref):
+    """The program's channels of an array [1, C], 0 where there is none."""
+    mask = self.columns()
+    if mask is None:
+      return ref[...]
+    return triton.load(ref.at[:], mask=mask, other=0)
+
+  def spec(self, a):
+    """The `BlockSpec` of an array of `Given`."""
+    if a.ndim == 4:
+      block = (None, self.shape[1], self.rows, self.width)
+      return pl.BlockSpec(block, lambda b, m, c: (b, 0, m, c))
+    if a.ndim == 3:
+      block = (None, self.rows, self.width)
+      return pl.BlockSpec(block, lambda b, m, c: (b, m, c))
+    if a.ndim == 2:
+      return pl.BlockSpec((None, self.width), lambda b, m, c: (0, c))
+    return pl.BlockSpec(a.shape, lambda b, m, c: (0,))
+
+  def call(self, body, name, arrays, outputs):
+    """`body(*arrays, *outputs)` of references; `Output`s are told beside."""
+
+    def each(i):
+      return jax.tree.map(
+        lambda out: out[i], outputs, is_leaf=lambda a: isinstance(a, Output)
+      )
+
+    # Of many timesteps a thread can keep fewer neurons in its registers.
+    most = 256 if self.shape[1] <= 8 else 128
+    warps = max(1, min(8, self.height * self.width // most))
+    return pl.pallas_call(
+      body,
+      grid=self.grid,
+      in_specs=jax.tree.map(self.spec, arrays),
+      out_shape=each(0),
+      out_specs=each(1),
+      compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+      name=name,
+    )(*arrays)
+
+  def like(self, a, x, dtype):
+    """An output of the shape of an array of `Given`."""
+    return Output(varying(x, a.shape, dtype), self.spec(a))
+
+  def numbers(self, size, x, dtype):
+    """An output of so many numbers a program."""
+    block = pl.BlockSpec((None, None, None, size), lambda b, m, c: (b, m, c, 0))
+    return Output(varying(x, (*self.grid, size), dtype), block)
+
+  def channels(self, size, x, dtype):
+    """An output of so many numbers for each of a program's channels."""
+    block = pl.BlockSpec(
+      (None, None, size, self.width), lambda b, m, c: (b, m, 0, c)
+    )
+    shape = (*self.grid[:2], size, self.shape[3])
+    return Output(varying(x, shape, dtype), block)
+
+
+class Output(NamedTuple):
+  """What a kernel writes."""
+
+  like: jax.ShapeDtypeStruct
+  spec: pl.BlockSpec
+
+
+def varying(x, shape, dtype):
+  """What varies over the mesh axes that x varies over (`shard_map`)."""
+  zeros = functools.partial(jnp.zeros_like, dtype=dtype, shape=shape)
+  return jax.eval_shape(zeros, x)
+
+
+class Tile(NamedTuple):
+  """A block's rows, and which of its entries exist; None for all."""
+
+  rows: Any
+  mask: Any
+
+  def load(self, ref, *lead):
+    """The block, its entries that do not exist 0."""
+    at = ref.at[(*map(jnp.int32, lead), self.rows, slice(None))]
+    if self.mask is None:
+      return triton.load(at)
+    return triton.load(at, mask=self.mask, other=0)
+
+  def store(self, ref, value, *lead):
+    """Writes the entries that exist."""
+    at = ref.at[(*map(jnp.int32, lead), self.rows, slice(None))]
+    triton.store(at, value.astype(ref.dtype), mask=self.mask)
+
+  def count(self, a):
+    """How many of the block's entries exist."""
+    if self.mask is None:
+      return jnp.asarray(a.size, a.dtype)
+    return jnp.sum(self.mask.astype(a.dtype))
+
+  def real(self, a, other=0):
+    """The block, its entries that do not exist something else."""
+    return a if self.mask is None else jnp.where(self.mask, a, other)
+
+
+def blocks_of(shape, size, programs=None):
+  """`Blocks` of at most `size` entries, and at least so many programs."""
+  _, _, m, c = shape
+  width = min(_power(c), 128 if m > 1 else size)
+  blocks = Blocks(shape, min(_power(m), size // width), width)
+  if programs:
+    for times in (2, 4, 8):
+      more = blocks._replace(times=times)
+      if np.prod(more.grid) >= programs:
+        blocks = more
+  return blocks
+
+
+def pool(body, parts, most):
+  """Has `body` make one row of up to 1024, until there are few.
+
+  Args:
+    body: of the number of rows, a reference to some of them, and to one.
+    parts: [..., n].
+    most: how many rows there may be.
+
+  Returns:
+    [N, n].
+  """
+  parts = parts.reshape(-1, parts.shape[-1])
+  while len(parts) > most:
+    shape = pl.cdiv(len(parts), 1024), parts.shape[1]
+    pooled = varying(parts, shape, parts.dtype)
+    call = of_rows(
+      functools.partial(body, len(parts)), 'neuron_pools', (parts,), pooled
+    )
+    parts = call(parts)
+  return parts
+
+
+def of_rows(body, name, arrays, outputs):
+  """A kernel of rows, [N, n], at most 1024 a program, and of whole arrays."""
+  number, size = arrays[0].shape
+  height = min(_power(number), 1024)
+
+  def spec(a):
+    if a.ndim == 2:
+      return pl.BlockSpec((None, size), lambda i: (i, 0))
+    return pl.BlockSpec(a.shape, lambda i: (0,))
+
+  rows = pl.BlockSpec((height, size), lambda i: (i, 0))
+  return pl.pallas_call(
+    body,
+    grid=pl.cdiv(number, height),
+    in_specs=(rows, *jax.tree.map(spec, arrays[1:])),
+    out_specs=jax.tree.map(spec, outputs),
+    out_shape=outputs,
+    compiler_params=triton.CompilerParams(
+      num_warps=max(1, height // 256), num_stages=1
+    ),
+    name=name,
+  )
+
+
+def refusal(call, *arrays) -> Exception | None:
+  """Why Triton does not take a kernel of such arrays; None if it does."""
+  try:
+    like = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays
+    )
+    jax.jit(call).trace(*like).lower(lowering_platforms=('cuda',))
+  except Exception as error:  # Of many kinds, most of them private.
+    return error
+  return None
+
+
+def _power(n):
+  """The least power of two that is not less."""
+  return 1 << (n - 1).bit_length()
+
+
+def flat(v):
+  """[B, ..., C] as [B, M, C]."""
+  return v.reshape(v.shape[0], -1, v.shape[-1])
+
+
+def batch_major(x):
+  """[T, B, ..., C] as [B, T, M, C]."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def time_major(x, like):
+  """[B, T, M, C] as [T, B, ..., C]."""
+  num_steps, batch, *rest = like.shape
+  return jnp.moveaxis(x.reshape(batch, num_steps, *rest), 1, 0)

@@ -1,0 +1,382 @@
+"""The fused scan as kernels of an NVIDIA GPU, in Pallas (Triton).
+
+A threshold that is measured waits for the whole batch. So forward there are two
+kernels for each timestep, one that makes u[t] of x[0..t] and leaves the moments
+of each block, and one that makes the threshold of them; and a last one that
+fires. Backward there is one. All read x as [B, T, ...], as weights and tdBN
+leave it in memory; membranes stay in registers, and tdBN's sums are taken on
+the way.
+
+They are taken for x [T, B, ..., C] in float32, bfloat16 or float16, for levels
+that are scalars and surrogates that `surrogate.custom` made, on one device and
+under `pmap` and `shard_map`. Programs for other devices, `jax.jit` of a sharded
+batch, `vmap`, probes, records, masks (forward) and derivatives of derivatives
+are left to XLA. JAX 0.11 calls Pallas for Triton deprecated; where it is gone,
+`fused` warns, and all is left to XLA.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.extend import core
+
+from dsatgo_jax import dynamics, statistics, tdbn
+from dsatgo_jax.blocks import (
+  Given,
+  batch_major,
+  blocks_of,
+  flat,
+  of_rows,
+  pool,
+  refusal,
+  time_major,
+  varying,
+)
+from dsatgo_jax.threshold import is_measured
+
+
+def _step(x, width):
+  del width
+  return jnp.asarray(x >= 0, x.dtype)
+
+
+def _differentiable(gradient):
+  """A surrogate without a rule of its own, which Triton has no way for."""
+
+  def spike(x, width):
+    slope = lax.stop_gradient(gradient(x, width)).astype(x.dtype)
+    return _step(x, width) + slope * (x - lax.stop_gradient(x))
+
+  return spike
+
+
+def _read(blocks, given):
+  """`Given` with its levels as scalars, and the `Parameters` in it."""
+  norm, gates = given.norm, given.gates
+  if norm is not None:
+    norm = tdbn.Affine(*map(blocks.channels_of, norm))
+  if gates is not None:
+    gates = tuple(gates[i] for i in range(3))
+  parameters = dynamics.Parameters(given.decay[0], norm=norm, gates=gates)
+  levels = {
+    name: tuple(a[0] for a in getattr(given, name))
+    for name in ('theta', 'width', 'known')
+  }
+  return given._replace(**levels), parameters
+
+
+def _membranes(settings, given, parameters, tile, num_steps):
+  """The membrane before each of the timesteps, and u."""
+  v, found = None if given.v is None else tile.load(given.v), []
+  for t in range(num_steps):
+    u = dynamics.presynaptic(tile.load(given.x, t), parameters)
+    if v is not None:
+      u = parameters.decay * v + u
+    found.append((v, u))
+    if t + 1 < num_steps:
+      _, v = _fire(settings, u, given.theta[t], parameters)
+  return found
+
+
+def _fire(settings, u, theta, parameters, nothing=0.0):
+  settings = settings._replace(surrogate=_step)
+  return dynamics.fire(settings, (u, u, u), theta, 1.0, parameters, nothing)
+
+
+def _measure(settings, blocks, given, moments):
+  """The mean of a block, the root of the squares about it, and its size."""
+  tile, (given, parameters) = blocks.tile(), _read(blocks, given)
+  *_, (_, u) = _membranes(
+    settings, given, parameters, tile, len(given.theta) + 1
+  )
+  most = jnp.max(tile.real(u, -jnp.inf))
+  distance = tile.real(u - most)
+  count = tile.count(u)
+  # The mean is so far below the largest, and nothing is further above it: in
+  # this unit no square overflows, and their sum does not vanish.
+  below = -jnp.sum(distance) / count
+  unit = _unit(below)
+  squares = jnp.square(tile.real((distance + below) * (1 / unit)))
+  moments[0] = most - below
+  moments[1] = unit * jnp.sqrt(jnp.sum(squares))
+  moments[2] = count
+
+
+def _unit(size):
+  """To divide by: its inverse is finite."""
+  return jnp.clip(size, 1e-30, 1e30)
+
+
+def _pooled(number, parts):
+  """What `_measure` tells, of parts."""
+  size = parts.shape[0]
+  mask = pl.program_id(0) * size + jnp.arange(size) < number
+  means, norms, counts = (
+    triton.load(parts.at[:, jnp.int32(i)], mask=mask, other=0) for i in range(3)
+  )
+  most = jnp.max(jnp.where(mask, means, -jnp.inf))
+  distance = jnp.where(mask, means - most, 0)
+  count = jnp.sum(counts)
+  below = -jnp.sum(counts * distance) / count
+  between = jnp.sqrt(counts) * (distance + below)
+  unit = _unit(jnp.max(jnp.maximum(norms, jnp.abs(between))))
+  squares = jnp.square(norms * (1 / unit)) + jnp.square(between * (1 / unit))
+  return most - below, unit * jnp.sqrt(jnp.sum(squares)), count
+
+
+def _pool(number, parts, pooled):
+  """Makes one part of some."""
+  for i, value in enumerate(_pooled(number, parts)):
+    pooled[i] = value
+
+
+def _decide(number, levels, free, parts, numbers, *outputs):
+  """Makes statistics of all parts, and levels of them and of numbers."""
+  mean, norm, _ = _pooled(number, parts)
+  std = norm / math.sqrt(free)
+  found = levels(mean, std, *(a[0] for a in numbers))
+  for output, value in zip(outputs, (mean, std, *found), strict=True):
+    output[0] = jnp.asarray(value, output.dtype)
+
+
+def _spikes(settings, blocks, given, spikes):
+  """The spikes of all timesteps."""
+  tile, (given, parameters) = blocks.tile(), _read(blocks, given)
+  found = _membranes(settings, given, parameters, tile, len(given.theta))
+  for t, (_, u) in enumerate(found):
+    theta = given.theta[t]
+    known = given.known[t] if given.known else u - theta
+    fired, _ = _fire(settings, u, theta, parameters, known - known)
+    tile.store(spikes, fired, t)
+
+
+def _last(settings, blocks, given, last):
+  """The membrane after the last timestep."""
+  tile, (given, parameters) = blocks.tile(), _read(blocks, given)
+  *_, (_, u) = _membranes(settings, given, parameters, tile, len(given.theta))
+  theta = given.theta[-1]
+  known = given.known[-1] if given.known else u - theta
+  tile.store(last, _fire(settings, u, theta, parameters, known - known)[1])
+
+
+def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
+  """The cotangents of x and v, and sums of those of the parameters."""
+  given, parameters = _read(blocks, given)
+  decay, norm = parameters.decay, parameters.norm
+  num_steps = len(given.theta)
+  surrogate = _differentiable(settings.surrogate.gradient)
+  settings = settings._replace(dtype=decay.dtype)
+  zeros = jnp.zeros((blocks.height, blocks.width), decay.dtype)
+
+  def block(i, carry):
+    tile = blocks.tile(i)
+    found = _membranes(settings, given, parameters, tile, num_steps)
+    retained, per_channel, g_decay, g_theta = carry
+    g = zeros if g_v is None else tile.load(g_v)
+    g_theta = list(g_theta)
+    for t in reversed(range(num_steps)):
+      v, u = found[t]
+
+      def fire(u, theta, decay, t=t):
+        return dynamics.fire(
+          settings._replace(surrogate=surrogate),
+          (u, u, u),
+          theta,
+          given.width[t],
+          parameters._replace(decay=decay),
+        )
+
+      _, pull = jax.vjp(fire, u, given.theta[t], decay)
+      g_s = tile.load(g_spikes, t).astype(decay.dtype)
+      g_u, g_here, of_reset = pull((g_s, g))
+      g_theta[t] += g_here
+      g_decay += of_reset
+      if v is not None:
+        retained += g_u * v
+      if norm is None:
+        tile.store(g_x, g_u, t)
+      else:
+        x = tile.load(given.x, t).astype(decay.dtype)
+        both = (g_u, g_u * (x - norm.mean))
+        per_channel = tuple(map(jnp.add, per_channel, both))
+        tile.store(g_x, g_u * norm.gain, t)
+      g = decay * g_u
+    if g_before is not None:
+      tile.store(g_before, g)
+    return retained, per_channel, g_decay, tuple(g_theta)
+
+  zero = jnp.zeros((), decay.dtype)
+  carry = (zeros, (zeros, zeros) if norm else (), zero, (zero,) * num_steps)
+  if blocks.times == 1:
+    carry = block(0, carry)
+  else:
+    carry = lax.fori_loop(0, blocks.times, block, carry)
+  retained, per_channel, g_decay, g_theta = carry
+  for i, number in enumerate((jnp.sum(retained) + g_decay, *g_theta)):
+    numbers[i] = number
+  for i, a in enumerate(per_channel):
+    at = sums.at[jnp.int32(i), :]
+    triton.store(at, jnp.sum(a, 0), mask=blocks.columns())
+
+
+def _given(settings, x, v, parameters):
+  """`Given`, without the levels."""
+  return Given(
+    batch_major(x),
+    None if settings.at_rest else flat(v),
+    jax.tree.map(lambda a: a[None], parameters.norm),
+    parameters.decay.reshape(1),
+    parameters.gates,
+  )
+
+
+@functools.lru_cache
+def refusal_of(surrogate) -> Exception | None:
+  """Why Triton does not take the surrogate's derivative; None if it does."""
+
+  def body(x, width, slope):
+    slope[...] = surrogate.gradient(x[...], width[0])
+
+  x, width = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (128, 1))
+  call = pl.pallas_call(
+    body, out_shape=x, compiler_params=triton.CompilerParams()
+  )
+  return refusal(call, x, width)
+
+
+def _levels(settings, parameters, t, moments, count):
+  """Statistics and levels of moments of blocks.
+
+  By one kernel more, where the rules read but numbers and Triton knows them.
+  """
+  leaves, tree = jax.tree.flatten((parameters, t))
+  scalar = jnp.zeros((), parameters.decay.dtype)
+
+  def levels(mean, std, *leaves):
+    measured = statistics.Statistics(mean, std)
+    parameters, t = tree.unflatten(leaves)
+    return dynamics.levels(settings.method, measured, None, parameters, t)
+
+  rules, shape = jax.make_jaxpr(levels, return_shape=True)(
+    scalar, scalar, *leaves
+  )
+  read = {id(v) for e in rules.jaxpr.eqns for v in e.invars}
+  read |= {id(v) for v in rules.jaxpr.outvars}
+  read = [id(v) in read for v in rules.jaxpr.invars[2:]]
+  numbers = [a for a, is_read in zip(leaves, read, strict=True) if is_read]
+
+  def of_numbers(mean, std, *numbers):
+    rest = iter(numbers)
+    leaves = (next(rest) if is_read else None for is_read in read)
+    return core.jaxpr_as_fun(rules)(mean, std, *leaves)
+
+  parts = pool(_pool, moments, 1024)
+  if not settings.axis_name and not any(map(jnp.ndim, numbers)):
+    body = functools.partial(_decide, len(parts), of_numbers, count - 1)
+    arrays = parts, [a.reshape(1) for a in numbers]
+    like = varying(parts, (1,), parts.dtype)
+    outputs = [like] * (2 + len(rules.out_avals))
+    call = of_rows(body, 'neuron_decides', arrays, outputs)
+    if not refusal(call, *arrays):
+      mean, std, *found = (a.reshape(()) for a in call(*arrays))
+      found = jax.tree.unflatten(jax.tree.structure(shape), found)
+      return statistics.Statistics(mean, std), found
+  mean, norm, _ = pool(_pool, parts, 1)[0]
+  measured = statistics.of_devices(mean, norm, count, settings.axis_name)
+  return measured, levels(*measured, *leaves)
+
+
+def forward(settings, x, v, t, parameters, running):
+  """`fused`'s scan; arguments and results as there."""
+  method, num_steps = settings.method, len(x)
+  dtype = parameters.decay.dtype
+  given = _given(settings, x, v, parameters)
+  blocks = blocks_of(given.x.shape, 4096 if num_steps <= 4 else 2048)
+
+  def call(body, name, output):
+    body = functools.partial(body, settings, blocks)
+    return blocks.call(body, name, (given,), (output,))[0]
+
+  measuring = running is None and (
+    is_measured(method.threshold) or is_measured(method.signal)
+  )
+  records = []
+  for i in range(num_steps):
+    measured = None
+    if measuring:
+      moments = call(
+        _measure,
+        f'neuron_measures_{i + 1}_of_{num_steps}',
+        blocks.numbers(3, x, dtype),
+      )
+      measured, levels = _levels(
+        settings, parameters, t + i, moments, math.prod(x.shape[1:])
+      )
+      known = (*given.known, measured.std.reshape(1))
+      given = given._replace(known=known)
+    else:
+      here = jax.tree.map(lambda a: a[i], running)  # noqa: B023
+      levels = dynamics.levels(method, None, here, parameters, t + i)
+    records.append(dynamics.Record(*levels, measured))
+    given = given._replace(theta=(*given.theta, levels[0].reshape(1)))
+  like = blocks.like(given.x, x, settings.dtype)
+  spikes = call(_spikes, 'neuron_fires', like)
+  # On its own, so that it is not made where nothing asks for it.
+  like = blocks.like(flat(x[0]), x, dtype)
+  last = call(_last, 'neuron_ends', like)
+  record = jax.tree.map(lambda *a: jnp.stack(a), *records)
+  return time_major(spikes, x), last.reshape(x.shape[1:]), record
+
+
+def backward(
+  settings, silent, x, v, t, parameters, running, record, probes,
+  g_spikes, g_v, g_record,
+):  # fmt: skip
+  """`fused`'s backward pass; `silent` says that g_v is 0."""
+  del g_record
+  dtype, num_steps = parameters.decay.dtype, len(x)
+
+  def thetas(parameters):
+    levels = functools.partial(dynamics.levels, settings.method)
+    levels = jax.vmap(levels, (0, 0, None, 0))
+    times = dynamics.timesteps(t, x)
+    return levels(record.statistics, running, parameters, times)[0]
+
+  # Slices of what was stacked, so that XLA need not stack it.
+  theta, width = (
+    tuple(a[i : i + 1] for i in range(num_steps))
+    for a in (record.theta, record.width)
+  )
+  given = _given(settings, x, v, parameters)._replace(theta=theta, width=width)
+  blocks = blocks_of(given.x.shape, 1024, programs=1024)
+  g_v = None if silent else flat(g_v)
+  g_x, numbers, g_before, sums = blocks.call(
+    functools.partial(_back, settings, blocks),
+    'neuron_pulls',
+    (given, batch_major(g_spikes), g_v),
+    (
+      blocks.like(given.x, x, x.dtype),
+      blocks.numbers(1 + num_steps, x, dtype),
+      None if settings.at_rest else blocks.like(given.v, x, dtype),
+      blocks.channels(2, x, dtype) if parameters.norm else None,
+    ),
+  )
+  # Each by itself: what nothing asks for is then not summed.
+  g_decay = jnp.sum(numbers[..., 0])
+  g_theta = jnp.sum(numbers[..., 1:], (0, 1, 2))
+  (g_parameters,) = jax.vjp(thetas, parameters)[1](g_theta)
+  g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
+  if parameters.norm:
+    g_bias, g_gain = jnp.sum(sums, (0, 1))
+    g_mean = -parameters.norm.gain * g_bias
+    g_parameters = g_parameters._replace(
+      norm=tdbn.Affine(g_mean, g_gain, g_bias)
+    )
+  if g_before is None:
+    g_before = jnp.zeros_like(v)  # Nothing asks for it.
+  return time_major(g_x, x), g_before.reshape(v.shape), g_parameters, probes

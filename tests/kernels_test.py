@@ -1,0 +1,337 @@
+"""Kernels of a GPU, interpreted on CPU, do what the plain scan does."""
+
+import functools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.extend import core
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsatgo_jax import (
+  fused,
+  kernels,
+  linen,
+  methods,
+  neurons,
+  surrogate,
+  tdbn,
+  width,
+  xla,
+)
+from dsatgo_jax import nnx as snnx
+from dsatgo_jax.neurons import NeuronState, Parameters, Running
+from tests import reference_loop
+from tests.neurons_test import METHODS, OWN, gaussian, kept_in_inference, ours
+
+pallas = functools.partial(neurons.run, kernel='pallas')
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Has kernels taken, and run by the interpreter."""
+  interpret = functools.partial(pl.pallas_call, interpret=True)
+  monkeypatch.setattr(kernels.pl, 'pallas_call', interpret)
+
+  def kernel_alone(*arguments, kernel, plain):
+    del plain
+    return core.jaxpr_as_fun(kernel)(*arguments)
+
+  monkeypatch.setattr(xla._either, 'bind', kernel_alone)
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
+def normal(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.normal(0.3, 1, shape).astype(np.float32)
+
+
+def close(actual, expected, tolerance):
+  """Relative to the largest entry of each array."""
+  pairs = zip(*map(jax.tree.leaves_with_path, (actual, expected)), strict=True)
+  for (path, a), (_, b) in pairs:
+    assert a.dtype == b.dtype, path
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    atol = tolerance * max(np.max(np.abs(b)), 1e-2)
+    np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=f'{path}')
+
+
+def pull_back(run, x, v, parameters, g_spikes, g_v):
+  """Spikes, the last membrane unless g_v is None, the levels, and gradients."""
+
+  def outputs(x, v, parameters):
+    state = None if v is None else NeuronState(v, jnp.int32(0))
+    spikes, state, record = run(x, parameters, state=state)
+    return (spikes, None if g_v is None else state.v), record
+
+  outputs, pull, record = jax.vjp(outputs, x, v, parameters, has_aux=True)
+  return outputs, record, pull((g_spikes.astype(outputs[0].dtype), g_v))
+
+
+SHAPES = [(3, 5, 4, 8), (2, 9, 9, 3), (1, 33, 3, 40), (5, 300), (2, 3, 160)]
+
+
+def cases():
+  """Every method with all resets; the other options as a fixed seed draws."""
+  draw = random.Random(4711)
+  resets = ['hard', 'soft', 'subtract_after_decay']
+  for i, method in enumerate([*METHODS, {'method': OWN}]):
+    for j, reset in enumerate(resets):
+      options = {
+        **method,
+        'reset': reset,
+        'shape': draw.choice(SHAPES),
+        'num_steps': draw.choice([1, 2, 4] if i % 3 == j else [2, 4, 10]),
+        'dtype': draw.choice(['float32', 'bfloat16', 'float16']),
+        'spike': draw.choice([*reference_loop.DENSITIES, 'gaussian']),
+        'cut': draw.choice([(), (), ('reset',), ('leak', 'spatial')]),
+        **{
+          name: draw.choice([False, True])
+          for name in ('normalises', 'started', 'inference', 'gated', 'ends')
+        },
+      }
+      marks = () if i % 3 == j else pytest.mark.sample
+      yield pytest.param(options, marks=marks)
+
+
+@pytest.mark.parametrize('case', list(cases()))
+def test_equals_the_plain_scan(interpreted, case):
+  del interpreted
+  shape, num_steps = case['shape'], case['num_steps']
+  method = methods.get(
+    case['method'], case.get('threshold', 'true'),
+    case.get('width_signal', 'theta'),
+  )  # fmt: skip
+  scale = case.get('tdbn_scale')
+  channels = normal(3, shape[-1], seed=2)
+  norm = tdbn.Affine(0.1 * channels[0], 1 + 0.1 * channels[1], channels[2])
+  running = Running(*np.linspace(0.4, 1.2, 2 * num_steps).reshape(2, -1))
+  parameters = jax.tree.map(
+    lambda a: jnp.asarray(a, jnp.float32),
+    Parameters(
+      0.4, 0.8, 0.9, 1.3,
+      tdbn_scale=scale and np.array(scale),
+      norm=norm if case['normalises'] else None,
+      gates=np.array([0.5, 1, 0]) if case['gated'] else None,
+    ),
+  )  # fmt: skip
+  spikes = {'gaussian': gaussian} | vars(surrogate)
+  run = functools.partial(
+    neurons.run,
+    method=method,
+    reset=case['reset'],
+    surrogate=spikes[case['spike']],
+    cut=case['cut'],
+    running=running if case['inference'] else None,
+  )
+  x = jnp.asarray(normal(num_steps, *shape), case['dtype'])
+  v = normal(*shape, seed=1) if case['started'] else None
+  g_v = normal(*shape, seed=3) if case['ends'] else None
+  arguments = x, v, parameters, normal(num_steps, *shape, seed=4), g_v
+  actual, expected = jax.jit(
+    lambda *a: [
+      pull_back(functools.partial(run, kernel=kernel), *a)
+      for kernel in ('pallas', 'xla')
+    ]
+  )(*arguments)
+  np.testing.assert_array_equal(actual[0][0], expected[0][0])
+  rounding = {'float32': 2e-5, 'bfloat16': 1e-2, 'float16': 2e-3}
+  close(actual, expected, rounding[case['dtype']])
+
+
+@pytest.mark.parametrize(
+  'reset, mode, num_steps, start',
+  [
+    ('hard', 'training', 3, 'rest'),
+    ('soft', 'training', 2, 'started'),
+    ('hard', 'inference', 3, 'started'),
+    pytest.param('soft', 'inference', 1, 'rest', marks=pytest.mark.sample),
+    pytest.param('hard', 'training', 17, 'rest', marks=pytest.mark.sample),
+  ],
+)
+def test_equals_the_loop(interpreted, reset, mode, num_steps, start):
+  del interpreted
+  settings = reference_loop.Settings(
+    decay=0.35, v_th=0.8, width=1.3, f_c=0.9, surrogate='arctan', reset=reset
+  )
+  x, g_spikes = normal(2, num_steps, 3, 7, 5)
+  v, g_v = normal(2, 3, 7, 5, seed=1)
+  kept, running = kept_in_inference(settings, num_steps)
+  if mode == 'training':
+    kept = running = None
+  v = v if start == 'started' else np.zeros_like(v)
+  tape = reference_loop.forward(settings, x, v, kept)
+  expected = reference_loop.backward(settings, tape, v, g_spikes, g_v)
+  run, parameters = ours(settings, running)
+  (spikes, last), record, (g_x, g_before, g_parameters) = jax.jit(
+    functools.partial(pull_back, functools.partial(run, kernel='pallas'))
+  )(x, v if start == 'started' else None, parameters, g_spikes, g_v)
+  np.testing.assert_array_equal(spikes, tape['spikes'])
+  actual = [last, record.theta, record.width, g_x, g_parameters.decay]
+  loop = [tape['v'][-1], tape['theta'], tape['width']]
+  loop = [*loop, expected['x'], expected['decay']]
+  if start == 'started':
+    actual, loop = [*actual, g_before], [*loop, expected['v']]
+  close(actual, [np.float32(a) for a in loop], 2e-5)
+
+
+@pytest.mark.parametrize('scale', [1e-34, 1e-15, 1.0, 1e15])
+@pytest.mark.parametrize('mean', [0.0, 3000.0])
+def test_moments_of_any_size(interpreted, mean, scale):
+  del interpreted
+  x = scale * (mean + normal(1, 3, 17, 9, 20))
+  _, _, record = pallas(x)
+  wide = x.astype(np.float64)
+  np.testing.assert_allclose(record.statistics.mean, [wide.mean()], 1e-5)
+  deviation = np.std(wide, ddof=1)
+  np.testing.assert_allclose(record.statistics.std, [deviation], 1e-4)
+
+
+def test_a_constant_membrane(interpreted):
+  del interpreted
+  spikes, _, record = pallas(jnp.full((1, 3, 17, 9, 20), 0.1))
+  assert record.theta[0] == jnp.float32(0.1) and not record.statistics.std[0]
+  assert spikes.all()
+
+
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize('mode', ['training', 'inference'])
+def test_an_undefined_input_shows(interpreted, mode, bad):
+  del interpreted
+  x = jnp.asarray(normal(3, 4, 5, 6)).at[1, 2, 3, 4].set(bad)
+  running = None if mode == 'training' else Running(jnp.ones(3))
+  actual, expected = (
+    run(x, running=running)[0] for run in (pallas, neurons.run)
+  )
+  np.testing.assert_array_equal(actual, expected)
+
+
+# Where kernels are taken. Programs are lowered for a GPU that is not there.
+
+
+def lowered(function, *arguments, platform='cuda'):
+  """Whether the program for a platform has kernels."""
+  traced = jax.jit(function).trace(*arguments)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  return 'triton' in text
+
+
+def there_and_back(x, **settings):
+  spikes, pull = jax.vjp(lambda x: pallas(x, **settings)[0], x)
+  return spikes, pull(spikes)
+
+
+@surrogate.custom
+def tabled(x, width):
+  """Reads an array, which a kernel may not."""
+  return jnp.sum(jnp.arange(3.0) + np.ones(3, np.float32)) * width + 0 * x
+
+
+SORTING = methods.Method(
+  lambda statistics, p, t: jnp.sort(jnp.stack(statistics))[0], width.fixed
+)
+X = normal(2, 4, 6, 5)
+MESH = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,))
+
+
+@pytest.mark.parametrize(
+  'name, function, expected',
+  [
+    ('one GPU', there_and_back, True),
+    ('checkpointed', jax.checkpoint(there_and_back), True),
+    ('mapped', jax.vmap(there_and_back), False),
+    ('an activity', functools.partial(there_and_back, record=True), False),
+    ('a mask', lambda x: pallas(x, mask=np.ones(4, bool))[0], False),
+    (
+      'a decay a channel',
+      lambda x: pallas(x, Parameters(decay=0.1 * jnp.arange(5)))[0],
+      False,
+    ),
+    ('XLA asked for', lambda x: neurons.run(x)[0], False),
+    (
+      'a surrogate that Triton does not know',
+      functools.partial(there_and_back, surrogate=tabled),
+      False,
+    ),
+    (
+      'a rule that Triton does not know',
+      functools.partial(there_and_back, method=SORTING),
+      True,
+    ),
+    (
+      'a rule that knows what is traced',
+      lambda x: pallas(
+        x,
+        method=methods.Method(
+          lambda statistics, p, t, z=x[0, 0, 0, 0]: statistics.mean + z,
+          width.fixed,
+        ),
+      )[0],
+      False,
+    ),
+    (
+      'Linen',
+      lambda x: linen.SpikingNeuron(
+        use_running_average=False, kernel='pallas'
+      ).init_with_output(jax.random.key(0), x)[0],
+      True,
+    ),
+    (
+      'NNX',
+      lambda x: snnx.SpikingNeuron(num_steps=2, kernel='pallas')(x),
+      True,
+    ),
+    (
+      'over devices by hand',
+      jax.shard_map(
+        functools.partial(there_and_back, axis_name='batch'),
+        mesh=MESH,
+        in_specs=P(None, 'batch'),
+        out_specs=P(None, 'batch'),
+      ),
+      True,
+    ),
+  ],
+)
+def test_where_kernels_are_taken(name, function, expected):
+  x = X[None] if name == 'mapped' else X
+  assert lowered(function, x) == expected
+  assert not lowered(function, x, platform='cpu')
+
+
+def test_a_sharded_batch_is_left_to_xla():
+  x = jax.device_put(X, NamedSharding(MESH, P(None, 'batch')))
+  assert not lowered(there_and_back, x)
+
+
+def test_without_triton_xla_takes_over(monkeypatch):
+  monkeypatch.setattr(kernels, 'refusal_of', lambda _: OSError('no library'))
+  fused._imported.cache_clear()
+  with pytest.warns(UserWarning, match='Triton, which does not .* no library'):
+    assert not lowered(there_and_back, X[:1])
+  fused._imported.cache_clear()
+
+
+def test_an_unknown_kernel_is_refused():
+  with pytest.raises(ValueError, match="'xla', 'pallas', got 'cuda'"):
+    neurons.run(X, kernel='cuda')
+
+
+def test_second_derivatives_are_those_of_the_plain_scan():
+  def curvature(x, run):
+    def loss(x):
+      return jnp.sum(run(x, surrogate=surrogate.sigmoid)[0] ** 2)
+
+    return jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(x)
+
+  actual, expected = (
+    jax.jit(curvature, static_argnums=1)(X, run)
+    for run in (pallas, neurons.run)
+  )
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
