@@ -26,8 +26,8 @@ class Packed(NamedTuple):
 
   Values and gradients are those of the product alone, to the bit, at any order
   of reverse mode; forward mode is refused, as by any `jax.custom_vjp`. Input
-  that is no whole number, or more than the bits hold, is taken for NaN, so that
-  it shows. On CPU, whose convolutions want float32, x is kept as it is.
+  that is no whole number, or more than the bits hold, is NaN to what is
+  differentiated. On CPU, whose convolutions want float32, x is kept as it is.
 
   Attributes:
     operation: `operation(x, weights, ...)`; Flax's layers, Linen's and NNX's,

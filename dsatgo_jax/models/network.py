@@ -40,9 +40,9 @@ class Network(nn.Module):
     axis_name: mapped axis over which all statistics are pooled.
     pack: whether convolutions keep the spikes that they see in a few bits each
       for their weights' gradient; not on CPU. See `packing.Packed`.
-    remat: 'layer' keeps of a layer these alone, and its statistics, on CPU too,
-      and computes the output of the weights again for the backward pass, which
-      has no second derivatives then. None does not.
+    remat: 'layer' keeps of a layer these alone, and its statistics, and
+      computes the output of the weights again for the backward pass, which then
+      has no second derivatives. XLA's CPU compiler keeps it all the same.
     dtype: of the computation; membranes and statistics are at least float32.
     param_dtype: of the parameters.
   """
