@@ -33,7 +33,7 @@ from dsatgo_jax.dynamics import (
   presynaptic,
 )
 
-_OF_RUN = 'fused', 'probes'
+_OF_RUN = 'fused', 'kernel', 'probes'
 
 # `feedback(x, spikes, memory) -> (x, memory)`, of the input [B, ...] of a
 # timestep, the spikes [B, ...] of the one before, and any tree of arrays, which
@@ -123,7 +123,7 @@ def run(
     state: the state to go on from; None for neurons at rest.
     running: running averages of x's timesteps, [T]: inference.
     mask: [T, B] or [B], whether an example is real; None for all of it.
-    **settings: those of `neurons.step`; `fused` and `probes`, which
+    **settings: those of `neurons.step`; `fused`, `kernel` and `probes`, which
       `neurons.run` has besides, change nothing.
 
   Returns:

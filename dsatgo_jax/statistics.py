@@ -252,7 +252,7 @@ def _near_mean(x, per, mask):
     few = lax.slice_in_dim(entries, 0, None, max(1, size // 16), lead)
     axes = tuple(range(lead + 1))
     largest = jnp.max(few, axes)
-    return largest + jnp.mean(few - largest, axes)
+    return largest + jnp.mean(few - lax.expand_dims(largest, axes), axes)
 
   def single(entries):
     return lax.index_in_dim(entries, 0, lead, keepdims=False)[(0,) * lead]

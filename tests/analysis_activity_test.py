@@ -99,6 +99,7 @@ def test_equals_numpy_on_raw_arrays(train, masked):
   close(rates['SpikingNeuron_1'], scalars['firing_rate'].mean())
 
 
+@pytest.mark.sample
 def test_devices_tell_what_the_whole_batch_would():
   x, mask = normal(4, 8, 3), jnp.arange(4)[:, None] < jnp.arange(8) % 4 + 1
   for of_mask in (None, mask):

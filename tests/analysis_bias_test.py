@@ -104,6 +104,7 @@ def network():
   return loss, variables['params']
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'name', ['arctan', pytest.param('rectangular', marks=pytest.mark.sample)]
 )

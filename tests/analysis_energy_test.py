@@ -533,6 +533,7 @@ def test_linen_and_nnx():
   np.testing.assert_allclose(expected.layers['head'].rate, rate, rtol=1e-6)
 
 
+@pytest.mark.sample
 def test_residual_network():
   """Blocks add spikes, which then have a size of 2; in bfloat16."""
   net = models.ResNet19(

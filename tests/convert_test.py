@@ -253,6 +253,7 @@ def config(tmp_path):
   return config
 
 
+@pytest.mark.sample
 def test_checkpoint_there_and_back(config, tmp_path):
   theirs = reference('final.')
   np.savez(tmp_path / 'theirs.npz', **theirs)

@@ -289,7 +289,7 @@ def test_variables_may_be_numpy_arrays():
     expected = apply(variables, x[:2], inference, state=state)
     got = apply(
       jax.tree.map(np.asarray, variables), x[:2], inference,
-      state=neurons.NeuronState(np.asarray(state.v, np.float64), 1),
+      state=neurons.NeuronState(np.asarray(state.v, np.float64), 1, 1.0),
     )  # fmt: skip
     equal(got, expected)
 

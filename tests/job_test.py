@@ -214,6 +214,7 @@ def test_evaluate_prints_tables(finished):
     assert mean == pytest.approx((first + second) / 2, abs=0.011)
 
 
+@pytest.mark.sample
 def test_evaluate_prints_gradients_and_energy_where_asked(finished):
   workdir, *_ = finished
   out, _ = run('evaluate', f'--workdir={workdir}', '--flow', '--energy')

@@ -188,6 +188,7 @@ def test_a_thread_trains_as_the_main_one_does(npz, tmp_path):
   ]
 
 
+@pytest.mark.sample
 def test_selecting_on_the_test_split_is_labelled(npz, tmp_path):
   config = tiny.config(
     data_path=npz, num_epochs=1, select_on='test', validation_fraction=0.0

@@ -194,6 +194,7 @@ def test_start_is_that_of_the_authors_program(network, shape, dense):
   assert {name for name, rank in ranks.items() if rank == 2} == dense
 
 
+@pytest.mark.sample
 def test_the_authors_own_start_passes_the_same_check():
   start = {
     name.removeprefix('init.'): array
@@ -209,9 +210,8 @@ def test_the_authors_own_start_passes_the_same_check():
 
 
 @narrow
-@pytest.mark.parametrize(
-  'dtype', ['bfloat16', pytest.param('float32', marks=pytest.mark.sample)]
-)
+@pytest.mark.sample
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_gradients_are_finite_and_reach_everything(make, shape, dtype):
   net, x = make(dtype=dtype), images(shape)
   variables = init(net, x)
@@ -290,9 +290,7 @@ def test_needs_less_memory_than_with_relu(network, settings, shape):
 @pytest.mark.parametrize(
   'method',
   [
-    pytest.param(
-      method, marks=[pytest.mark.sample] * (method not in ('ds_atgo', 'moving'))
-    )
+    pytest.param(method, marks=[pytest.mark.sample] * (method != 'ds_atgo'))
     for method in METHODS
   ],
 )

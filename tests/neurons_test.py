@@ -197,7 +197,9 @@ def test_rules_and_surrogates_of_ones_own(mode, reset):
   assert bool(learns) == (mode == 'training')  # Averages have no gradient.
 
 
-@pytest.mark.parametrize('num_steps', [3, 12, 17])
+@pytest.mark.parametrize(
+  'num_steps', [3, pytest.param(12, marks=pytest.mark.sample), 17]
+)
 @float64
 def test_normalising_within_equals_normalising_before(num_steps):
   x, g_spikes = normal(2, num_steps, 4, 3)

@@ -26,7 +26,10 @@ def spikes(*shape, largest=1, dtype='float32', seed=0):
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
 @pytest.mark.parametrize('largest', [1, 2, 3, 14, 15, 254])
-@pytest.mark.parametrize('channels', [0, 1, 4, 9])
+@pytest.mark.parametrize(
+  'channels',
+  [0, 9, *(pytest.param(n, marks=pytest.mark.sample) for n in (1, 4))],
+)
 def test_whole_numbers_come_back(channels, largest, dtype):
   x = spikes(3, 2, channels, largest=largest, dtype=dtype)
   bits = width(largest)
@@ -99,8 +102,12 @@ def gradients(params, apply, x):
 
 
 @pytest.mark.parametrize('alone', [False, True])
-@pytest.mark.parametrize('largest', [1, 4])
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize(
+  'largest', [1, pytest.param(4, marks=pytest.mark.sample)]
+)
+@pytest.mark.parametrize(
+  'dtype', ['bfloat16', pytest.param('float32', marks=pytest.mark.sample)]
+)
 @pytest.mark.parametrize('name', LAYERS)
 def test_values_and_gradients_are_those_without(name, dtype, largest, alone):
   x = spikes(3, 2, 5, 5, 4, largest=largest, dtype=dtype)
@@ -147,8 +154,12 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize('alone', [False, True])
-@pytest.mark.parametrize('remat', [None, jax.checkpoint, KEPT])
+@pytest.mark.parametrize(
+  'alone', [pytest.param(False, marks=pytest.mark.sample), True]
+)
+@pytest.mark.parametrize(
+  'remat', [None, pytest.param(jax.checkpoint, marks=pytest.mark.sample), KEPT]
+)
 @pytest.mark.parametrize('how', TRANSFORMATIONS)
 def test_under_transformations(how, remat, alone):
   x = spikes(4, 3, 2, 5, 5, 4)
@@ -285,6 +296,7 @@ def network_step(net, variables, x):
   return jax.value_and_grad(loss_fn, has_aux=True)(variables['params'])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'dtype', ['bfloat16', pytest.param('float32', marks=pytest.mark.sample)]
 )
@@ -306,6 +318,7 @@ def test_networks_learn_the_same(name, dtype):
   chex.assert_trees_all_close(again, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sample
 def test_a_layer_that_is_computed_again_keeps_its_codes():
   """Of all that is as large as a layer; but the image."""
   net = NETWORKS['ResNet19'](planes=(4,), stage_sizes=(2,), remat='layer')
@@ -324,6 +337,7 @@ def test_a_layer_that_is_computed_again_keeps_its_codes():
   assert {a.dtype.name for a in kept} == {'uint8'}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('settings', [{'pack': True}, {'remat': 'layer'}])
 def test_forward_mode_where_the_surrogate_has_it(settings):
   twin = surrogate.straight_through(surrogate.arctan)

@@ -210,6 +210,7 @@ def test_memory_and_collectives_are_the_steps_own(found):
   assert found['collective_bytes'] == sum(carried)
 
 
+@pytest.mark.sample
 def test_a_watched_step_counts_where_it_is_larger(found):
   config = tiny(num_epochs=3, validation_fraction=0.0, watch_every=5)
   both = plan.plan(config)

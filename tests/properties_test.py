@@ -141,7 +141,7 @@ def test_the_width_grows_with_the_threshold_and_keeps_its_bounds(
 @pytest.mark.parametrize(
   'method, spike',
   [
-    *((method, surrogate.rectangular) for method in methods.METHODS),
+    *((method, surrogate.rectangular) for method in list(methods.METHODS)[:6]),
     ('ds_atgo', surrogate.triangular),
     ('ds_atgo', surrogate.sigmoid),
     ('ds_atgo', surrogate.arctan),

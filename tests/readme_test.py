@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def test_python_blocks_run():
   text = (ROOT / 'README.md').read_text()
   blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-  assert len(blocks) == 6
+  assert len(blocks) == 7
   namespace = {}
   for block in blocks:
     if 'train.load' in block:  # See evaluate_test, where there is a run.

@@ -43,7 +43,9 @@ def loop(x, method, decay=0.2, v_th=1.0):
   return [np.stack(one) for one in zip(*told, strict=True)]
 
 
-@pytest.mark.parametrize('num_steps', [4, 18])
+@pytest.mark.parametrize(
+  'num_steps', [4, pytest.param(18, marks=pytest.mark.sample)]
+)
 @pytest.mark.parametrize('method', OWN)
 def test_equal_to_a_loop_and_both_ways_alike(method, num_steps):
   x = skewed(num_steps, 3, 4, 5)
@@ -84,7 +86,10 @@ def test_parts_with_the_state_passed_on_equal_the_whole(method):
       neurons.run(x, method=method, state=other)
 
 
-@pytest.mark.parametrize('method', OWN)
+@pytest.mark.parametrize(
+  'method',
+  ['moving', *(pytest.param(m, marks=pytest.mark.sample) for m in OWN[:2])],
+)
 def test_layers_and_cells_of_both_modules(method):
   x = skewed(3, 4, 5)
   expected, _, record = neurons.run(x, method=method)

@@ -136,10 +136,10 @@ def close(actual, expected):
 @pytest.mark.parametrize(
   'settings, start',
   [
-    ({}, 'given'),
     *(
       pytest.param(*case, marks=pytest.mark.sample)
       for case in [
+        ({}, 'given'),
         ({}, 'at rest'),
         (
           {'method': 'tgo', 'width_signal': 'sigma', 'reset': 'soft'},
@@ -233,13 +233,20 @@ def sent(net, mesh, spec_of):
   return found, params
 
 
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
-  'train, packed',
+  'train, packed, kind',
   [
-    (True, False),
-    (True, True),
-    pytest.param(False, False, marks=pytest.mark.sample),
+    (True, False, AxisType.Auto),
+    (True, True, AxisType.Explicit),
+    *(
+      pytest.param(*case, marks=pytest.mark.sample)
+      for case in [
+        (True, False, AxisType.Explicit),
+        (True, True, AxisType.Auto),
+        (False, False, AxisType.Auto),
+        (False, False, AxisType.Explicit),
+      ]
+    ),
   ],
 )
 def test_a_sharded_batch_stays_where_it_is(train, packed, kind):

@@ -210,6 +210,7 @@ def test_a_step_gives_its_buffers_away_and_asks_nothing_of_the_host():
     assert leaf.is_fully_replicated and len(leaf.sharding.device_set) == 4
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'frames', [False, pytest.param(True, marks=pytest.mark.sample)]
 )

@@ -241,6 +241,7 @@ def stop_at_nine():
   yield lambda step: step == 9
 
 
+@pytest.mark.sample
 def test_a_watched_run_is_the_same_run(npz, plain, tmp_path, monkeypatch):
   config = tiny.config(data_path=npz, watch_every=4)
   with monkeypatch.context() as patch:
