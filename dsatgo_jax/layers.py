@@ -21,7 +21,7 @@ from dsatgo_jax.dynamics import (
   Running,
   level_at_rest,
 )
-from dsatgo_jax.neurons import arrays, run, sequence
+from dsatgo_jax.neurons import arrays, logit, run, sequence
 
 Tree = TypeVar('Tree')
 
@@ -314,6 +314,41 @@ def static(value):
   if isinstance(value, jax.core.Tracer) or np.ndim(value) == 0:
     return value
   return tuple(static(item) for item in np.asarray(value).tolist())
+
+
+def filled(value, shape: Sequence[int]):
+  """A number, or an array of one, in another shape.
+
+  Args:
+    value: what is traced stays as it is.
+    shape: () for value's own.
+
+  Returns:
+    A number, or an array.
+  """
+  if not len(shape) or isinstance(value, jax.core.Tracer):
+    return value
+  return np.broadcast_to(value, tuple(shape))
+
+
+def logits(decay, init: Callable[..., Any] | None = None) -> Callable[..., Any]:
+  """An initializer of PLIF's `w`, `decay = sigmoid(w)`.
+
+  Args:
+    decay: what it is to start with.
+    init: `init(key, shape, dtype)` draws it, in (0, 1); None for `decay`.
+
+  Returns:
+    `initializer(key, shape, dtype)`.
+  """
+
+  def initializer(key, shape, dtype):
+    drawn = jnp.broadcast_to(logit(decay), shape)
+    if init is not None:
+      drawn = jax.scipy.special.logit(init(key, shape, dtype))
+    return jnp.asarray(drawn, dtype)
+
+  return initializer
 
 
 def check_shares(decay, learn_decay, momentum):

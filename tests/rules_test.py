@@ -253,3 +253,27 @@ def test_the_statistics_of_channels_are_those_of_each():
   mean, std = tdbn.per_channel(u)
   close(mean, u.mean((0, 1)))
   close(std, u.std((0, 1), ddof=1))
+
+
+def test_decays_and_thresholds_have_the_shape_and_start_that_is_asked_for():
+  """One a channel; drawn where an initializer says so, in both modules."""
+  x = jnp.ones((2, 4, 3))
+  shapes = {'decay_shape': (3,), 'v_th_shape': (3,)}
+  params = {
+    'w': jnp.full(3, -np.log(4.0)), 'v_th': jnp.full(3, 0.5),
+  }  # fmt: skip
+  neuron = snn.SpikingNeuron('learnable_threshold', v_th=0.5, **shapes)
+  close(neuron.init(jax.random.key(0), x, False)['params'], params)
+  neuron = snnx.SpikingNeuron('learnable_threshold', v_th=0.5, **shapes)
+  close({'w': neuron.w[...], 'v_th': neuron.v_th[...]}, params)
+
+  def init(key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, 0.5, 0.9)
+
+  drawn = {'decay_shape': (3,), 'decay_init': init}
+  neuron = snn.SpikingNeuron('vanilla', **drawn)
+  linen = neuron.init(jax.random.key(0), x, False)['params']['w']
+  other = snnx.SpikingNeuron('vanilla', rngs=nnx.Rngs(0), **drawn).w[...]
+  for w in (linen, other):
+    decay = jax.nn.sigmoid(w)
+    assert 0.5 <= decay.min() < decay.max() < 0.9

@@ -1,6 +1,6 @@
 """The layer of spiking neurons for Flax Linen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -58,6 +58,10 @@ class SpikingNeuron(nn.Module):
       `neurons.run`.
     dtype: of the spikes; None for x's.
     param_dtype: of `w`, `v_th` and the running values (at least float32).
+    decay_shape: what decay is broadcast to: (C,) for one number a channel.
+    decay_init: `decay_init(key, shape, dtype)` draws decays in (0, 1), of
+      decay's shape, in its place where they are learnt.
+    v_th_shape: what v_th is broadcast to.
   """
 
   method: methods.Name | methods.Method = 'ds_atgo'
@@ -81,8 +85,13 @@ class SpikingNeuron(nn.Module):
   kernel: str = 'xla'
   dtype: Any = None
   param_dtype: Any = jnp.float32
+  decay_shape: Sequence[int] = ()
+  decay_init: Callable[..., Any] | None = None
+  v_th_shape: Sequence[int] = ()
 
   def __post_init__(self):
+    self.decay = layers.filled(self.decay, self.decay_shape)
+    self.v_th = layers.filled(self.v_th, self.v_th_shape)
     for name in ('decay', 'v_th', 'f_c', 'width'):
       setattr(self, name, layers.static(getattr(self, name)))
     super().__post_init__()
@@ -148,9 +157,8 @@ class SpikingNeuron(nn.Module):
     method = methods.get(self.method, self.threshold, self.width_signal)
     decay, v_th = self.decay, self.v_th
     if self.learn_decay:
-      w = neurons.logit(decay)
-      start = nn.initializers.constant(w)
-      w = self.param('w', start, np.shape(w), self.param_dtype)
+      start = layers.logits(decay, self.decay_init)
+      w = self.param('w', start, np.shape(decay), self.param_dtype)
       decay = jax.nn.sigmoid(w)
     if method.threshold is threshold.learnable:
       start = nn.initializers.constant(np.asarray(v_th))

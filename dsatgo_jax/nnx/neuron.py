@@ -1,6 +1,6 @@
 """The layer of spiking neurons for Flax NNX."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -43,6 +43,9 @@ class SpikingNeuron(nnx.Module):
     kernel: str = 'xla',
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
+    decay_shape: Sequence[int] = (),
+    decay_init: Callable[..., Any] | None = None,
+    v_th_shape: Sequence[int] = (),
     rngs: nnx.Rngs | None = None,
   ):
     """Makes parameters and running values; the settings are Linen's.
@@ -72,12 +75,16 @@ class SpikingNeuron(nnx.Module):
       kernel: 'xla', or 'pallas' for kernels of our own on NVIDIA GPUs.
       dtype: of the spikes; None for x's.
       param_dtype: of `w`, `v_th` and the running values (at least float32).
-      rngs: not needed.
+      decay_shape: what decay is broadcast to: (C,) for one number a channel.
+      decay_init: `decay_init(key, shape, dtype)` draws decays in its place.
+      v_th_shape: what v_th is broadcast to.
+      rngs: for `decay_init`.
 
     Raises:
       ValueError: a setting out of its range.
     """
-    del rngs
+    decay = layers.filled(decay, decay_shape)
+    v_th = layers.filled(v_th, v_th_shape)
     decay, v_th, f_c, width = map(layers.static, (decay, v_th, f_c, width))
     self.method, self.threshold, self.width_signal = (
       method, threshold, width_signal,
@@ -95,7 +102,9 @@ class SpikingNeuron(nnx.Module):
     neurons.check_positive(num_steps=num_steps, v_th=v_th, f_c=f_c, width=width)
     layers.check_shares(decay, learn_decay, momentum)
     if learn_decay:
-      self.w = nnx.Param(jnp.asarray(neurons.logit(decay), param_dtype))
+      start = layers.logits(decay, decay_init)
+      key = rngs.params() if decay_init and rngs else None
+      self.w = nnx.Param(start(key, np.shape(decay), param_dtype))
     learns = self._rules.threshold is learnable
     self.v_th = nnx.Param(jnp.asarray(v_th, param_dtype)) if learns else v_th
     features = np.ravel(num_features).astype(int).tolist()
