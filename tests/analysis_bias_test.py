@@ -168,6 +168,7 @@ def test_bias_of_a_spiking_network(network):
       assert 0.1 < compared[layer].ratio < 3
 
 
+@pytest.mark.sample
 @float64
 def test_sweep_over_the_width(network):
   loss, params = network

@@ -283,6 +283,7 @@ def test_bfloat16():
   np.testing.assert_allclose(found, [5, -3], atol=0.05)
 
 
+@pytest.mark.sample
 @float64
 def test_no_curvature_at_all():
   params = {'w': jnp.ones(3)}
@@ -328,6 +329,7 @@ def test_density_of_a_network(matrices):
   assert found.nodes.min() == pytest.approx(values[0], rel=1e-6)
 
 
+@pytest.mark.sample
 @float64
 def test_trace(matrices):
   method = 'ds_atgo'
@@ -350,6 +352,7 @@ def test_trace(matrices):
 # Whose models, and where.
 
 
+@pytest.mark.sample
 def test_linen_in_float32_under_jit(matrices):
   x, labels = data('float32')
   params = jax.tree.map(jnp.float32, params_of('ds_atgo'))

@@ -204,6 +204,7 @@ def test_faint_gradients_have_a_norm():
   np.testing.assert_allclose(faint['reach'], strong['reach'], atol=1e-4)
 
 
+@pytest.mark.sample
 def test_bfloat16_tells_what_float32_does_of_the_same_numbers():
   x = jnp.asarray(normal(4, 8, 5), jnp.bfloat16)
   weights = jnp.asarray(normal(4, 8, 5), jnp.bfloat16)
@@ -375,6 +376,7 @@ def test_vmap_over_seeds():
     close(jax.tree.map(lambda a, i=i: a[i], together), alone)
 
 
+@pytest.mark.sample
 @float64
 def test_in_evaluation_mode():
   """Thresholds are the running ones; the paths are there as before."""
@@ -432,6 +434,7 @@ def test_layers_scanned_over():
     )
 
 
+@pytest.mark.sample
 @float64
 def test_the_cell_in_an_rnn_tells_what_the_layer_does():
   """But for the lags: a cell sees one timestep and what lies beyond."""
@@ -639,6 +642,7 @@ def test_gates_between():
   )
 
 
+@pytest.mark.sample
 @float64
 def test_cutting_in_chosen_layers_of_a_model():
   net, x = Net(), jnp.asarray(X)
@@ -690,6 +694,7 @@ def test_cut_is_a_setting_of_the_networks():
 # What each timestep gives to the weights.
 
 
+@pytest.mark.sample
 @float64
 def test_contributions_of_timesteps():
   """By hand from what enters a dense layer and the gradient of what leaves."""

@@ -324,6 +324,7 @@ def test_augmentation_does_not_depend_on_the_batch_size():
   assert (first != second).any(axis=(1, 2, 3)).sum() > 6
 
 
+@pytest.mark.sample
 def test_workers_change_nothing():
   flags.FLAGS.unparse_flags()  # As in a notebook or a script.
   source = on_disk(make_source())

@@ -79,6 +79,7 @@ def test_another_t_than_the_one_trained(workdir):
     np.testing.assert_allclose(found['theta'], expected, rtol=1e-6)
 
 
+@pytest.mark.sample
 def test_gradients_of_a_batch_that_is_spread_over_the_split(workdir):
   found = evaluate.evaluate(workdir, flow=True)['flow']
   assert found['num_examples'] == 8

@@ -97,6 +97,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'flag',
   [

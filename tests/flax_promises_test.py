@@ -814,6 +814,7 @@ def test_a_vmap_with_an_axis_name_is_the_whole_batch():
   close((y.reshape(x.shape), updates), (expected, after))
 
 
+@pytest.mark.sample
 def test_an_ensemble_and_a_stack_of_layers():
   """`nn.vmap` and `nn.scan` over parameters, statistics and what is sown."""
   x, _, plain = trained()
@@ -1051,6 +1052,7 @@ class Explicit(nn.Module):
     return neuron(x, norm=affine, mask=mask)
 
 
+@pytest.mark.sample
 def test_explicit_sharding_of_batch_and_channels():
   x, mask = np.asarray(normal(2, 4, 6)), np.array([True, True, True, False])
   variables = jax.jit(Explicit().init)(KEY, x, mask)

@@ -339,6 +339,7 @@ def numbers_of(workdir):
   return lines
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'how',
   [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.sample)],

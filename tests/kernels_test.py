@@ -100,6 +100,7 @@ def cases():
       yield pytest.param(options, marks=marks)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('case', list(cases()))
 def test_equals_the_plain_scan(interpreted, case):
   del interpreted
@@ -181,6 +182,7 @@ def test_equals_the_loop(interpreted, reset, mode, num_steps, start):
   close(actual, [np.float32(a) for a in loop], 2e-5)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('scale', [1e-34, 1e-15, 1.0, 1e15])
 @pytest.mark.parametrize('mean', [0.0, 3000.0])
 def test_moments_of_any_size(interpreted, mean, scale):
@@ -200,6 +202,7 @@ def test_a_constant_membrane(interpreted):
   assert spikes.all()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('bad', [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize('mode', ['training', 'inference'])
 def test_an_undefined_input_shows(interpreted, mode, bad):
@@ -323,6 +326,7 @@ def test_an_unknown_kernel_is_refused():
     neurons.run(X, kernel='cuda')
 
 
+@pytest.mark.sample
 def test_second_derivatives_are_those_of_the_plain_scan():
   def curvature(x, run):
     def loss(x):

@@ -52,6 +52,7 @@ faces = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sample
 @faces
 @pytest.mark.parametrize('num_steps', [1, 5])
 def test_held_over_another_number_of_timesteps(face, num_steps):

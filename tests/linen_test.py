@@ -338,6 +338,7 @@ def test_numbers_per_channel(learn_decay):
   assert inference.apply(variables, x).shape == x.shape
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('within', [False, True])
 def test_padded_recordings_train_as_the_real_ones(within):
   """Statistics, and so running values, are of the real timesteps only."""

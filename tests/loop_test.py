@@ -115,6 +115,7 @@ def test_a_workdir_in_use_or_unwritable_ends_before_the_data(
     loop.train(tiny.config(), tmp_path / 'file')
 
 
+@pytest.mark.sample
 def test_a_finished_run_says_so_and_stops(npz, tmp_path, capsys, monkeypatch):
   config = tiny.config(data_path=npz, num_epochs=1)
   result = loop.train(config, tmp_path / 'run')

@@ -67,6 +67,7 @@ def test_gradients_and_dtypes(loss, dtype):
   assert np.isfinite(np.float32(extreme)).all()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('loss', [losses.cross_entropy, losses.tet])
 @jax.enable_x64(True)
 def test_a_mask_leaves_timesteps_out(loss):

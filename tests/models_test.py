@@ -339,6 +339,7 @@ def test_bad_settings():
       jax.eval_shape(models.ConvNet(**settings).init, jax.random.key(0), x)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('name, frames', [('resnet19', False), ('vgg', True)])
 def test_padding_that_a_mask_marks_is_in_no_running_value(name, frames):
   """Behind short recordings, or in the place of examples that are missing."""

@@ -219,6 +219,7 @@ def test_normalising_within_equals_normalising_before(num_steps):
     close(actual, expected)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('num_steps', [9, 10, 16, 17, 24, 37])
 @float64
 def test_chunks_of_time_change_nothing(num_steps):

@@ -119,6 +119,7 @@ class Net(nnx.Module):
     return self.dense(x.reshape(*x.shape[:2], -1))
 
 
+@pytest.mark.sample
 def test_a_loop_for_batch_norm_trains_the_neuron():
   @nnx.jit
   def train_step(net, optimizer, images, labels):

@@ -154,6 +154,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'alone', [pytest.param(False, marks=pytest.mark.sample), True]
 )
@@ -235,6 +236,7 @@ def test_gpus_read_codes_and_cpus_what_they_did(name):
 # Pools.
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('kind', ['spikes', 'numbers'])
 @pytest.mark.parametrize(
   'shape, window, strides, padding',

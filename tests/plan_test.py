@@ -136,6 +136,7 @@ def test_blank_data(
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize('module', [digits, digits_dvs])
 def test_blank_data_are_like_those_on_disk(tmp_path, module):
   config = module.get_config()

@@ -78,6 +78,7 @@ def test_theorem_1_for_any_normal_input(shape, seed, log_scale, shift, method):
   np.testing.assert_allclose(record.firing_rate, rate, rtol=1e-5)
 
 
+@pytest.mark.sample
 @few
 @given(shape=shapes, seed=seeds, power=st.integers(-90, 60))
 @pytest.mark.parametrize('method', ['at', 'ds_atgo'])

@@ -122,6 +122,7 @@ def test_equals_an_rnn_around_a_cell_by_hand(method, inference):
     close(jnp.concatenate([first, rest]), expected[1][0])
 
 
+@pytest.mark.sample
 def test_without_weights_it_is_the_neuron():
   x = normal(4, 5, 3)
   mask = jnp.arange(4)[:, None] < jnp.array([4, 4, 2, 3, 4])
@@ -170,6 +171,7 @@ class Linen(nn.Module):
     )
 
 
+@pytest.mark.sample
 def test_the_gradient_flow_of_other_layers():
   x = normal(3, 4, 2)
   variables = Linen().init(KEY, x)

@@ -132,6 +132,7 @@ OVER_DEVICES = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'over_devices', OVER_DEVICES.values(), ids=OVER_DEVICES
 )

@@ -136,6 +136,7 @@ def test_second_derivative_sees_the_surrogate():
   assert jax.grad(square)(0.6) == 0
 
 
+@pytest.mark.sample
 @every_surrogate
 @jax.enable_x64(True)
 def test_straight_through_has_jvp_and_the_same_derivatives(name):
