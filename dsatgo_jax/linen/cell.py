@@ -1,5 +1,7 @@
 """The spiking neuron as a recurrent cell for Flax Linen."""
 
+import inspect
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -17,8 +19,7 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
 
       nn.RNN(cell, time_major=True, variable_axes={'batch_stats': 0})
 
-  Over another T than the one trained this takes `resize_time(variables, T)`;
-  without it JAX says that "scan got values with different leading axis sizes".
+  Over another T than the one trained this takes `resize_time(variables, T)`.
 
   Padding beyond the RNN's `seq_lengths` is in the statistics, since a cell does
   not see it; `SpikingNeuron(...)(x, mask=...)` leaves it out.
@@ -65,10 +66,44 @@ class SpikingCell(SpikingNeuron, nn.RNNCellBase):
 
     Returns:
       A `NeuronState`, its t and theta [B].
+
+    Raises:
+      ValueError: an `nn.RNN` asks that goes over another number of timesteps
+        than there are running thresholds.
     """
     del rng
+    self._check_length_of_rnn()
     parameters = Parameters(self.decay, self.v_th, self.f_c, self.width)
     method = methods.get(self.method, self.threshold, self.width_signal)
     return carries.initial(
       input_shape, self.dtype, self.param_dtype, parameters, method
     )
+
+  @nn.nowrap
+  def _check_length_of_rnn(self):
+    """Raises a `ValueError`, where the scan's own would not tell a way out.
+
+    The scan would say that axes differ, and its body can't ask for its length.
+    """
+    frame = inspect.currentframe()
+    while frame and frame.f_code is not _RNN:
+      if frame.f_code.co_name == 'scan_fn':
+        return  # A timestep of it.
+      frame = frame.f_back
+    if not frame or self.scope is None:
+      return
+    given = frame.f_locals
+    if given['self'].variable_axes.get('batch_stats') != 0:
+      return
+    length = given['inputs'].shape[given['time_axis']]
+    running = self.variables.get('batch_stats', {}).values()
+    known = [average.shape[0] for average in running]
+    if known and known[0] != length:
+      raise ValueError(
+        f'Expected T = {known[0]} timesteps, as there are running values, got '
+        f'an nn.RNN over {length}. resize_time(variables, num_steps) makes '
+        'variables of it.'
+      )
+
+
+_RNN = inspect.unwrap(nn.RNN.__call__).__code__
