@@ -1,6 +1,7 @@
 """Blocks of arrays, as Pallas kernels for a GPU (Triton) go over them."""
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -240,7 +241,9 @@ def refusal(call, *arrays) -> Exception | None:
     like = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays
     )
-    jax.jit(call).trace(*like).lower(lowering_platforms=('cuda',))
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', DeprecationWarning)  # Of Triton itself.
+      jax.jit(call).trace(*like).lower(lowering_platforms=('cuda',))
   except Exception as error:  # Of many kinds, most of them private.
     return error
   return None

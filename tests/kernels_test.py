@@ -240,6 +240,7 @@ SORTING = methods.Method(
   lambda statistics, p, t: jnp.sort(jnp.stack(statistics))[0], width.fixed
 )
 X = normal(2, 4, 6, 5)
+HAS_GPU = jax.default_backend() == 'gpu'
 MESH = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,))
 
 
@@ -303,6 +304,8 @@ MESH = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,))
   ],
 )
 def test_where_kernels_are_taken(name, function, expected):
+  if expected and jax.__version_info__ >= (0, 11) and not HAS_GPU:
+    pytest.skip('This JAX lowers Triton only where it finds a GPU.')
   x = X[None] if name == 'mapped' else X
   assert lowered(function, x) == expected
   assert not lowered(function, x, platform='cpu')
