@@ -5,10 +5,10 @@ Spikes are 0 or 1, and sums of n layers' spikes (SEW-ADD) whole numbers up to n.
 A maximum pool keeps its input, or, here, which entry of each window it took.
 """
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 
-class Packed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Packed:
   """A product with weights that keeps its input in a few bits.
 
       conv = Packed(lax.conv_general_dilated)
@@ -38,11 +39,13 @@ class Packed(NamedTuple):
       layers under `jax.checkpoint(..., policy=KEPT)`.
   """
 
-  operation: Callable
+  operation: Any
   largest: int = 1
   alone: bool = False
 
-  def __call__(self, x, weights, *args, **settings):
+  def __call__(
+    self, x: jax.Array, weights: jax.Array, *args: Any, **settings: Any
+  ) -> Any:
     """The operation's.
 
     Args:

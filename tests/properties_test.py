@@ -345,6 +345,7 @@ OF_SETTINGS = {
   'recurrent.weights',
   'surrogate.get',
   'layers.resize_time',
+  'packing.Packed',
   'packing.width',
   'carry.shared_time',
   'layers.typed_call',
