@@ -146,18 +146,19 @@ class Settings(NamedTuple):
 def at_rest(
   x: jax.Array | jax.ShapeDtypeStruct,
   parameters: Parameters = Parameters(),  # noqa: B008, a constant
-  method: methods.Method = methods.METHODS['ds_atgo'],
+  method: methods.Name | methods.Method = 'ds_atgo',
 ) -> NeuronState:
   """The state before the first timestep.
 
   Args:
     x: pre-synaptic input of one timestep, [B, ...].
     parameters: the neuron's numbers.
-    method: the rules.
+    method: a name of `methods.METHODS`, or a `methods.Method`.
 
   Returns:
     `NeuronState`, its membrane zero and at least float32, its threshold `v_th`.
   """
+  method = methods.get(method)
   dtype = dtypes.wide(x.dtype)
   theta = level_at_rest(method.threshold, parameters, method.measure, x)
   return NeuronState(

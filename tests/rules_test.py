@@ -222,6 +222,8 @@ def test_an_unmeasured_rule_follows_its_past_in_inference_too(inference):
     )
   )
   close(scan(x)[0].theta, jnp.float32(0.2))
+  start = neurons.at_rest(x[0], method='ds_atgo_per_channel')
+  close(start.theta, jnp.ones(5))
 
 
 def test_the_past_passes_no_gradient():
