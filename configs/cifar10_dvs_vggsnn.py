@@ -64,6 +64,7 @@ def get_config():
 
   # Optimisation.
   config.seed = 0
+  config.init_from = ''  # The workdir of a trained network to start from.
   config.num_epochs = 150  # MPD-AGL's.
   config.loss = 'tet'  # Lambda 1e-3, mean 1.0; published.
   config.label_smoothing = 0.0
@@ -78,5 +79,10 @@ def get_config():
   config.select_on = 'validation'  # The authors' program: 'test'.
   config.log_every = 10
   config.watch_every = 0  # Steps; see train/watch.py. 0: never.
+  config.save_every_minutes = 10  # And after every epoch. 0: then only.
+  config.skip_nonfinite = (
+    0  # Steps that may be left out, their loss not finite.
+  )
+  config.hang_minutes = 30  # Without a step the run ends. 0: it waits.
   config.profile = False
   return config

@@ -2,17 +2,17 @@
 
 import collections
 import concurrent.futures
-import contextlib
+import functools
+import re
 import signal
 
 import chex
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
 
 from tests import tiny
-from train import checkpoints, data, lock, loop, metrics
+from train import checkpoints, data, ending, journal, lock, loop, metrics
 from train import step as step_lib
 
 
@@ -32,21 +32,23 @@ def test_metrics_are_read_after_the_next_step_was_started():
     events.append(f'start {batch}')
     return state + 1, batch
 
-  def read(step, measured, watched):
+  def read(step, batch, measured, watched, newest):
+    assert batch == measured and newest in (step, step + 1)
     events.append(f'read {watched or measured}')
     return step
 
-  def run(must_stop):
+  def run(*pauses):
     events.clear()
-    return loop.run_epoch(
-      run_step, watch, 0, iter('abcdef'), range(1, 4), read, must_stop
-    )
+    return loop.run_steps(
+      run_step, watch, 0, iter('abcdef'), range(1, 4), read,
+      functools.partial(next, iter(pauses)),
+    )  # fmt: skip
 
-  assert run(lambda step: False) == (3, 'c', 3, False)
+  assert run('', '', '') == (3, 'c', 3, '')
   assert events == [
     'start a', 'start b', 'read a', 'start c', 'read b watched', 'read c'
   ]  # fmt: skip
-  assert run(lambda step: step == 2) == (2, 'b', 2, True)
+  assert run('', 'save') == (2, 'b', 2, 'save')
   assert events == ['start a', 'start b', 'read a', 'read b watched']
 
 
@@ -56,7 +58,7 @@ def test_a_threshold_of_zero_or_less_is_warned_of_once(caplog):
   layers = {'conv0': {'theta': [0.5, 1.0]}, 'conv1': {'theta': [0.5, -0.25]}}
   with caplog.at_level('WARNING'):
     for step in 10, 20:
-      loop.warn_of_thresholds(layers, step, warned)
+      journal.warn_of_thresholds(layers, step, warned)
   assert caplog.messages == ['conv1 has a threshold of -0.25 at step 10']
 
 
@@ -75,11 +77,12 @@ def test_a_run_leaves_what_it_promises(npz, tmp_path):
   assert [line['epoch'] for line in epochs] == [1, 2, 3]
   assert epochs[-1]['train_loss'] < epochs[0]['train_loss']
   for line in epochs:
-    assert {'train_accuracy', 'validation_loss', 'images_per_second'} < set(
-      line
-    )
+    assert {'train_accuracy', 'validation_loss'} < set(line)
     assert set(line['layers']['conv1']) == set(step_lib.ACTIVITY)
     assert len(line['layers']['conv1']['theta']) == 2
+  timings = metrics.read(tmp_path / 'run', 'timings')
+  assert [line['step'] for line in timings] == [6, 12, 18]
+  assert all(line['images_per_second'] > 0 for line in timings)
   best = max(epochs, key=lambda line: line['validation_accuracy'])
   assert result == metrics.read_json(tmp_path / 'run' / 'result.json')
   assert result['best'] == {
@@ -144,19 +147,17 @@ def test_a_finished_run_looks_at_data_from_elsewhere(npz, tmp_path, capsys):
 
 
 def test_a_run_stopped_within_an_epoch_resumes_exactly(
-  npz, tmp_path, monkeypatch
+  npz, tmp_path, monkeypatch, capsys
 ):
   config = tiny.config(data_path=npz)
   expected = loop.train(config, tmp_path / 'whole')
 
-  @contextlib.contextmanager
-  def stop_signal():
-    yield lambda step: step == 9
-
   with monkeypatch.context() as patch:
-    patch.setattr(loop, 'stop_signal', stop_signal)
-    with pytest.raises(SystemExit, match='stopped after step 9'):
+    tiny.stop_after(9, patch)
+    with pytest.raises(SystemExit) as ended:
       loop.train(config, tmp_path / 'parts')
+  assert ended.value.code == ending.STOPPED == 75
+  assert 'stopped after step 9; the same command' in capsys.readouterr().err
   assert checkpoints.restore(tmp_path / 'parts')[1]['totals']['steps'] == 3
   got = loop.train(config, tmp_path / 'parts')
   for result in expected, got:
@@ -170,8 +171,6 @@ def test_a_run_stopped_within_an_epoch_resumes_exactly(
   for lines in zip(
     *(metrics.read(tmp_path / name) for name in ('whole', 'parts')), strict=True
   ):
-    for line in lines:
-      line.pop('images_per_second', None)
     assert lines[0] == lines[1]
 
 
@@ -248,13 +247,50 @@ def test_other_data_do_not_resume(npz, tmp_path, name, change, message):
       loop.train(config, tmp_path / 'run')
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(npz, tmp_path, monkeypatch):
-  schedule = lambda *_: lambda step: jnp.where(step < 9, 0.1, jnp.inf)  # noqa: E731
-  monkeypatch.setattr(step_lib, 'create_schedule', schedule)
-  with pytest.raises(
-    FloatingPointError, match=r'finite \w+, got (nan|inf) at step 11$'
-  ):
-    loop.train(tiny.config(data_path=npz), tmp_path)
-  state, info = checkpoints.restore(tmp_path)
-  assert info['step'] == 6
+@pytest.fixture
+def huge(npz):
+  """Data with one training image that float32 cannot train on."""
+  arrays = dict(np.load(npz))
+  for split in 'train', 'test':
+    arrays[f'x_{split}'] = arrays[f'x_{split}'].astype(np.float32) / 255
+  arrays['x_train'][2] = 3e38
+  np.savez(npz, **arrays)
+  return tiny.config(data_path=npz, normalize=False, num_epochs=2)
+
+
+def test_a_step_that_is_not_finite_ends_the_run(huge, tmp_path, monkeypatch):
+  monkeypatch.setattr(journal.Journal, 'due', lambda book: True)
+  with pytest.raises(FloatingPointError) as raised:
+    loop.train(huge, tmp_path)
+  step = int(
+    re.search(r'finite loss, got nan at step (\d+)', str(raised.value))[1]
+  )
+  assert 'those of the output of conv0/layer; the batch' in str(raised.value)
+  (state, info), (before, _) = (
+    checkpoints.expect(tmp_path, which) for which in ('latest', 'nonfinite')
+  )
+  assert info['step'] == before['step'] == step - 1
+  chex.assert_trees_all_equal(state, before)
+  with np.load(tmp_path / 'nonfinite.npz') as file:
+    batch = dict(file)
+  assert batch['image'].shape == (8, 8, 8, 1)
+  assert batch['image'].max() == np.float32(3e38)
+  assert batch['label'].shape == (8,)
+
+
+def test_steps_that_are_not_finite_can_be_left_out(huge, tmp_path):
+  huge.skip_nonfinite = 1
+  with pytest.raises(FloatingPointError, match='not finite'):
+    loop.train(huge, tmp_path / 'one')
+  huge.skip_nonfinite = 2
+  result = loop.train(huge, tmp_path / 'two')
+  skipped = [
+    line['step']
+    for line in metrics.read(tmp_path / 'two')
+    if 'loss' not in line
+  ]
+  assert len(skipped) == 2 and skipped[0] <= 6 < skipped[1]
+  state, _ = checkpoints.restore(tmp_path / 'two')
+  assert (state['step'], state['skipped']) == (12, 2)
   chex.assert_tree_all_finite(state)
+  assert np.isfinite(result['loss'])

@@ -15,12 +15,13 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import serialization, traverse_util
 
-# Two of the latest, so that a damaged one leaves one to go back to.
-KEPT = {'latest': 2, 'best': 1}
+# Two of the latest, so that a damaged one leaves one to go back to. The one
+# before a step that was not finite is for a look, as train/finite.py says.
+KEPT = {'latest': 2, 'best': 1, 'nonfinite': 1}
 
 
 def directory(workdir, which):
-  """The folder of the `'latest'` or `'best'` checkpoints."""
+  """The folder of the checkpoints of a kind of `KEPT`."""
   return pathlib.Path(workdir).absolute() / 'checkpoints' / which
 
 
@@ -50,6 +51,7 @@ def save(manager, state, info):
 
   Steps from there on, if any, are left over from before a resume, and go.
   """
+  manager.wait_until_finished()  # It might be one of them.
   for step in manager.all_steps():
     if step >= info['step']:
       manager.delete(step)
@@ -70,15 +72,17 @@ def restore(workdir, which='latest', repair=False):
 
   Args:
     workdir: of the run.
-    which: 'latest' or 'best'.
-    repair: whether to delete damaged checkpoints that are newer.
+    which: a kind of `KEPT`.
+    repair: whether to set damaged checkpoints that are newer aside, into
+      `checkpoints/damaged/`; none is deleted.
 
   Returns:
     `(state, info)`, the state as a dict of arrays for
     `flax.serialization.from_state_dict`.
 
   Raises:
-    ValueError: there are checkpoints, but not an intact one.
+    ValueError: there are checkpoints, but not an intact one. With `repair` a
+      damaged best one is set aside, and None: a run can do without.
   """
   folder = directory(workdir, which)
   while folder.is_dir():
@@ -97,7 +101,7 @@ def expect(workdir, which='latest'):
 
   Args:
     workdir: of the run.
-    which: 'latest', 'best', or a step that is kept.
+    which: a kind of `KEPT`, or a step that is kept.
 
   Raises:
     ValueError: there is no such checkpoint, or it is damaged.
@@ -119,7 +123,7 @@ def expect(workdir, which='latest'):
           raise ValueError(
             f'expected an intact checkpoint in {path}, got {repr(error)[:200]}'
           ) from error
-  told = ', '.join(map(str, sorted({*kept['latest'], *kept['best']})))
+  told = ', '.join(map(str, sorted(set().union(*kept.values()))))
   raise ValueError(
     f'expected {", ".join(map(repr, KEPT))} or a step that is kept in '
     f'{workdir} ({told or "there is none"}), got {which!r}'
@@ -127,7 +131,7 @@ def expect(workdir, which='latest'):
 
 
 def steps(workdir, which):
-  """Returns the steps of the `'latest'` or `'best'` checkpoints."""
+  """Returns the steps of the checkpoints of a kind of `KEPT`."""
   folder = directory(workdir, which)
   names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
   return [int(name) for name in names if name.isdigit()]
@@ -143,25 +147,35 @@ def checksum(state, info):
 
 
 def _newest(workdir, which, repair):
-  damaged = []
+  damaged, found = [], None
   with manager(workdir, which, tidy=repair) as open_manager:
     for step in sorted(open_manager.all_steps(), reverse=True):
       try:
-        state, info = _read(open_manager, step)
+        found = _read(open_manager, step)
+        break
       except Exception as error:  # What Orbax raises depends on what was hit.
         path = directory(workdir, which) / str(step)
         logging.warning('Damaged checkpoint %s: %s', path, repr(error)[:200])
         damaged.append(step)
-        continue
-      for step in damaged if repair else ():
-        open_manager.delete(step)
-      return state, info
-  if damaged:
+  if damaged and not found and not (repair and which == 'best'):
     raise ValueError(
       f'expected an intact checkpoint in {directory(workdir, which)}, got '
       f'damaged ones only (steps {damaged}); remove the folder to start over'
     )
-  return None
+  for step in damaged if repair else ():
+    _set_aside(workdir, which, step)
+  return found
+
+
+def _set_aside(workdir, which, step):
+  """Moves a damaged checkpoint out of the way; it may still be of use."""
+  folder = directory(workdir, 'damaged')
+  folder.mkdir(exist_ok=True)
+  name = f'{which}_{step}'
+  taken = len(list(folder.glob(f'{name}*')))
+  target = folder / (f'{name}.{taken}' if taken else name)
+  (directory(workdir, which) / str(step)).rename(target)
+  logging.warning('It was set aside, as %s', target)
 
 
 def _read(manager, step):

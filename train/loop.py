@@ -8,29 +8,39 @@ import collections
 import contextlib
 import functools
 import itertools
-import math
 import pathlib
-import signal
-import threading
 
 import jax
+import numpy as np
 from absl import logging
 from flax import serialization
 from jax.experimental import multihost_utils
 
-from train import checkpoints, data, lock, metrics, profile, settings
+from train import (
+  checkpoints,
+  data,
+  ending,
+  finite,
+  journal,
+  lock,
+  metrics,
+  profile,
+  settings,
+  transfer,
+)  # fmt: skip
 from train import step as step_lib
 from train import watch as watch_lib
 
 
-def run_epoch(run_step, watch, state, batches, steps, read, must_stop):
+def run_steps(run_step, watch, state, batches, steps, read, pause):
   """Runs steps; the metrics of each are read after the next one was started.
 
-  `watch(step, state, batch)` comes before the step, which gives its state away.
+  `watch(step, state, batch)` comes before the step, which gives its state away;
+  `read(step, batch, measured, watched, state)` gets the newest state there is.
 
   Returns:
-    The state, the last batch, what `read` made of the last step, and whether to
-    stop here.
+    The state, the last batch, what `read` made of the last step, and whether
+    `pause()` ended it, after whatever step.
   """
   pending = None
   for step in steps:
@@ -39,61 +49,21 @@ def run_epoch(run_step, watch, state, batches, steps, read, must_stop):
     with jax.profiler.StepTraceAnnotation('start', step_num=step):
       state, measured = run_step(state, batch)
     if pending:
-      read(*pending)
-    pending = step, measured, watched
-    if stopping := must_stop(step):
+      read(*pending, state)
+    pending = step, batch, measured, watched
+    if paused := pause():
       break
-  return state, batch, read(*pending), stopping
+  return state, batch, read(*pending, state), paused
 
 
-@contextlib.contextmanager
-def stop_signal():
-  """Yields `must_stop(step)`: whether SIGTERM or Ctrl-C came (once).
-
-  Of several processes all hear it at the same step. A thread other than the
-  main one hears none.
-  """
-  if jax.process_count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # Python lets the main thread alone listen.
-    return
-  received = []
-  handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-
-  def restore():
-    for number, handler in handlers.items():
-      signal.signal(number, handler)
-
-  def receive(number, _):
-    received.append(number)
-    restore()  # A second signal ends the process at once.
-
-  for number in handlers:
-    signal.signal(number, receive)
-  try:
-    yield lambda step: bool(received)
-  finally:
-    restore()
-
-
-def warn_of_thresholds(layers, step, warned):
-  """Logs the layers that have a threshold of 0 or less, each of them once."""
-  for name, layer in layers.items():
-    theta = min(layer['theta'])
-    if theta <= 0 and name not in warned:
-      logging.warning('%s has a threshold of %g at step %d', name, theta, step)
-      warned.add(name)
-
-
-def train(config, workdir, seconds=None):
+def train(config, workdir, seconds=None, extend=False):
   """Trains, or goes on training, and evaluates the last state.
 
   Args:
     config: see `configs/digits.py`.
     workdir: gets checkpoints, metrics and `result.json`.
     seconds: a counter that this run's times are added to, by name.
+    extend: whether a run that is there may be given more epochs.
 
   Returns:
     What `result.json` has; None on all processes but the first.
@@ -102,30 +72,44 @@ def train(config, workdir, seconds=None):
     ValueError: config, data and what is in the workdir do not fit; or the
       workdir cannot be written, or is in use.
     FloatingPointError: the loss or a gradient is not finite.
-    SystemExit: after a signal, with the state saved.
+    SystemExit: with 75 after a signal, the state saved.
   """
   settings.check(config)
   seconds = collections.Counter() if seconds is None else seconds
   main = jax.process_index() == 0  # It alone touches the workdir.
-  with lock.hold(workdir) if main else contextlib.nullcontext():
-    return run(config, pathlib.Path(workdir), seconds, main)
+  with (
+    lock.hold(workdir) if main else contextlib.nullcontext(),
+    ending.signals() as stopping,
+  ):
+    return run(config, pathlib.Path(workdir), seconds, main, extend, stopping)
 
 
-def run(config, workdir, seconds, main):
+def run(config, workdir, seconds, main, extend, stopping):
   """What `train` does once the workdir is this process's own."""
   timed = functools.partial(metrics.timed, seconds)
 
   # What is there already.
   found = checkpoints.restore(workdir, repair=True) if main else None
   saved, info = found or (None, {'best': None, 'totals': {}})
-  settings.check_unchanged(info, 'config', config.to_dict())
+  free = settings.FREE
+  if extend and main:
+    settings.check_extends(info, config)
+    free = (*free, 'config.num_epochs')
+  settings.check_unchanged(info, 'config', config.to_dict(), free=free)
   result = metrics.read_json(workdir / 'result.json') if found else None
-  finished = result is not None and result['step'] == info['step']
+  finished = bool(result) and (
+    (result['step'], info['config']['num_epochs'])
+    == (info['step'], config.num_epochs)
+  )
   # Where they were the data are taken to be the same; elsewhere they are read.
   known = finished and all(
     config[name] == info['config'][name] for name in ('data_dir', 'data_path')
   )
-  finished, known = multihost_utils.broadcast_one_to_all((finished, known))
+  # The last step's metrics, where its epoch was not evaluated any more.
+  line = info.get('line')
+  finished, known, unevaluated = multihost_utils.broadcast_one_to_all(
+    (finished, known, bool(line))
+  )
   if not known:
     with timed('data'):
       dataset = data.load(config)
@@ -135,6 +119,9 @@ def run(config, workdir, seconds, main):
     unread = ', and its data were not read again' if known else ''
     print(f'{workdir} is finished: nothing left to train{unread}')
     return result
+  if info['best'] and not checkpoints.restore(workdir, 'best', repair=True):
+    logging.warning('The best checkpoint is lost: the next one will be it')
+    info['best'] = None
 
   # State and compiled steps.
   steps_per_epoch = data.steps_per_epoch(dataset, config)
@@ -142,12 +129,19 @@ def run(config, workdir, seconds, main):
   with timed('compile'):
     state, run_step = step_lib.create_train_step(config, facts, steps_per_epoch)
     if saved:
+      # Older runs did not count what they skipped.
+      saved = {'skipped': np.zeros((), np.int32)} | saved
       state = serialization.from_state_dict(state, saved)
+    elif config.init_from and main:
+      state = transfer.take(state, config.init_from)
     host_state = multihost_utils.broadcast_one_to_all(jax.device_get(state))
     start = int(host_state.step)
     batches = step_lib.on_devices(
       data.train_batches(
-        dataset.train, config, start_step=start, **data.this_host()
+        dataset.train,
+        config,
+        start_step=start - unevaluated,
+        **data.this_host(),
       )
     )
     batch = next(batches)
@@ -165,32 +159,34 @@ def run(config, workdir, seconds, main):
     )
     jax.block_until_ready(run_step(state, batch))
     state = jax.device_put(host_state, step_lib.replicated())
-  batches = itertools.chain([batch], batches)
+  if not unevaluated:  # Else it is that of the last step.
+    batches = itertools.chain([batch], batches)
   if saved and main:
     print(f'{workdir}: going on from step {start}')
+    if info['config']['num_epochs'] != config.num_epochs:
+      print(extension(info, config, start, steps_per_epoch))
   if config.profile:
     batches = profile.trace(batches, workdir)
-
-  # The epochs.
-  best, totals = info['best'], collections.Counter(info['totals'])
-  selection, warned = getattr(dataset, config.select_on), set()
-  epochs = range(start // steps_per_epoch, config.num_epochs)
+  selection = getattr(dataset, config.select_on)
+  epochs = config.num_epochs - start // steps_per_epoch + unevaluated
   evaluations = data.eval_batches(
-    [selection] * (len(epochs) if selection else 0) + [dataset.test],
+    [selection] * (epochs if selection else 0) + [dataset.test],
     config,
     batch_size=config.batch_size,
     **data.this_host(),
   )
-  with contextlib.ExitStack() as stack:
-    must_stop = stack.enter_context(stop_signal())
-    bar = stack.enter_context(metrics.progress(config, num_steps, start))
-    if main:
-      write = stack.enter_context(metrics.writer(workdir, start))
-      metrics.write_json(workdir / 'config.json', config.to_dict())
-      latest, best_one = (
-        stack.enter_context(checkpoints.manager(workdir, which))
-        for which in ('latest', 'best')
-      )
+
+  # The epochs.
+  with (
+    ending.watchdog(config.hang_minutes) as beat,
+    journal.Journal(
+      config, facts, main and workdir, info, start, steps_per_epoch
+    ) as book,
+  ):
+
+    def pause():
+      """Whether to leave the steps to save or, being stopped, for good."""
+      return 'stop' if stopping() else 'save' if book.due() else ''
 
     def watch(step, state, batch):
       """Starts to measure what the step is about to change, where due."""
@@ -198,85 +194,85 @@ def run(config, workdir, seconds, main):
         return run_watch(step_lib.variables(state), batch)
       return None
 
-    def read(step, scalars, watched):
-      """Waits for the metrics of a step; checks, counts and shows them."""
-      line = {'step': step, 'epoch': step / steps_per_epoch}
-      if main and watched:  # Of a step that ends the run, too.
-        write(line | {'watch': metrics.numbers(jax.device_get(watched))})
-      line |= {name: x.item() for name, x in jax.device_get(scalars).items()}
-      for name in ('loss', 'gradient_norm'):
-        if not math.isfinite(line[name]):
-          raise FloatingPointError(
-            f'expected a finite {name}, got {line[name]} at step {step}'
-          )
-      totals.update(steps=1, loss=line['loss'], accuracy=line['accuracy'])
-      metrics.show(bar, line, config.batch_size)
-      if main and step % config.log_every == 0 and step % steps_per_epoch:
-        write(line)
+    def read(step, batch, measured, watched, state):
+      beat()
+      line, wrong = book.step(step, measured, watched)
+      if wrong and line.get('skipped', 1) > config.skip_nonfinite:
+        where = finite.explain(book, state, batch, step)
+        raise FloatingPointError(
+          f'expected a finite {wrong} at step {step}: {where}'
+        )
       return line
 
-    for epoch in epochs:
-      last = (epoch + 1) * steps_per_epoch
-      steps = range(max(start, epoch * steps_per_epoch) + 1, last + 1)
-      before = seconds['train']
-      with timed('train'):
-        state, batch, line, stopping = run_epoch(
-          run_step, watch, state, batches, steps, read, must_stop
-        )
-      step, is_best = line['step'], False
-      if step == last:
-        line['images_per_second'] = (
-          len(steps) * config.batch_size / (seconds['train'] - before)
-        )
-        line['train_loss'] = totals['loss'] / totals['steps']
-        line['train_accuracy'] = totals['accuracy'] / totals['steps']
-        totals.clear()
-        with timed('evaluate'):
-          if selection is None:
-            scores = step_lib.average(
-              [run_eval(step_lib.variables(state), step_lib.unmasked(batch))]
-            )
-          else:
-            scores = step_lib.evaluate(
-              run_eval, step_lib.variables(state), next(evaluations)
-            )
-        line['layers'] = scores['layers']
-        if selection is not None:
-          for name in ('loss', 'accuracy'):
-            line[f'{config.select_on}_{name}'] = scores[name]
-          is_best = best is None or scores['accuracy'] > best['accuracy']
-          if is_best:
-            best = {'step': step, 'accuracy': scores['accuracy']}
-      if main:
-        if step == last:
-          warn_of_thresholds(line['layers'], step, warned)
-          write(line)
-          bar.write(metrics.summary(line))
-        info = {
-          'step': step,
-          'config': config.to_dict(),
-          'data': facts,
-          'best': best,
-          'totals': totals,
-        }
-        if is_best:
-          checkpoints.save(best_one, state, info)
-          best_one.wait_until_finished()  # Before the latest one tells of it.
-        checkpoints.save(latest, state, info)
-      if stopping and step < num_steps:
-        raise SystemExit(f'stopped after step {step}; the same command resumes')
+    def evaluate():
+      def heeded(batches):
+        for batch in batches:
+          beat()
+          if stopping():
+            raise ending.Stopped
+          yield batch
 
-  with timed('evaluate'):
-    tested = step_lib.evaluate(
-      run_eval, step_lib.variables(state), next(evaluations)
-    )
+      with timed('evaluate'):
+        return step_lib.evaluate(
+          run_eval, step_lib.variables(state), heeded(next(evaluations))
+        )
+
+    step = start
+    if unevaluated:
+      line = line or {'step': start}
+    try:
+      while line or step < num_steps:
+        if line:
+          scores = evaluate() if selection else look(run_eval, state, batch)
+          book.epoch(state, line, scores, seconds['train'])
+          line = None
+          continue
+        last = (step // steps_per_epoch + 1) * steps_per_epoch
+        with timed('train'):
+          state, batch, line, paused = run_steps(
+            run_step, watch, state, batches, range(step + 1, last + 1), read,
+            pause,
+          )  # fmt: skip
+        step = line['step']
+        if step < last:
+          line = None
+        if paused == 'stop':
+          raise ending.Stopped
+        if paused:
+          book.save(state, step, line)
+          beat()
+      tested = evaluate()
+    except ending.Stopped:
+      book.save(state, step, line)
+      ending.end(f'after step {step}')
   result = {
     'step': num_steps,
     **tested,
-    'best': best,
-    'selected_on': config.select_on if best else None,
+    'best': book.best,
+    'selected_on': config.select_on if book.best else None,
     'seconds': seconds,
   }
   if main:
     metrics.write_json(workdir / 'result.json', result)
     return result
+
+
+def look(run_eval, state, batch):
+  """What the layers do on a training batch, where no split is for that."""
+  scores = step_lib.average(
+    [run_eval(step_lib.variables(state), step_lib.unmasked(batch))]
+  )
+  return {'layers': scores['layers']}
+
+
+def extension(info, config, step, steps_per_epoch):
+  """Says what more epochs do to a run."""
+  before, now = (
+    float(step_lib.create_schedule(c, steps_per_epoch)(step))
+    for c in (settings.trained(info), config)
+  )
+  return (
+    f'{info["config"]["num_epochs"]} epochs become {config.num_epochs}, and '
+    f'the learning rate follows the schedule of {config.num_epochs} from here '
+    f'on: it goes on from {now:.3g}, where it was {before:.3g}'
+  )

@@ -4,7 +4,9 @@
 
 Every field of the config can be set on the command line, as in
 `--config.num_epochs=5 --config.method=vanilla`; the config file explains them.
-The same command again resumes a run that was interrupted.
+The same command again resumes a run that was interrupted, exactly. The process
+exits with 0 when the run is finished, 75 after a signal, the state saved, 70
+when it hung, and 1 after an error.
 """
 
 import collections
@@ -25,6 +27,12 @@ NUM_PROCESSES = flags.DEFINE_integer(
 )
 PROCESS_ID = flags.DEFINE_integer(
   'process_id', None, 'Which of them this one is, counted from 0.'
+)
+EXTEND = flags.DEFINE_bool(
+  'extend',
+  False,
+  'Train a run on for more epochs than it was begun with. The learning rate '
+  'goes on along the schedule of so many epochs, and so rises again.',
 )
 
 
@@ -50,7 +58,9 @@ def main():
   join()
   command.keep_compiled()
   seconds['import'] = time.perf_counter() - start
-  result = loop.train(command.CONFIG.value, command.WORKDIR.value, seconds)
+  result = loop.train(
+    command.CONFIG.value, command.WORKDIR.value, seconds, EXTEND.value
+  )
   if result:
     with metrics.timed(seconds, 'report'):
       page = report.write(command.WORKDIR.value)

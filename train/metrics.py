@@ -15,13 +15,16 @@ import tqdm
 
 from dsatgo_jax import statistics
 
+# `metrics` is the same for every run of a config; `timings` never is.
+FILES = ('metrics', 'timings')
 
-def read(workdir):
-  """Returns the lines of `metrics.jsonl`, dicts with a `step`, in their order.
+
+def read(workdir, name='metrics'):
+  """Returns the lines of a file of `FILES` in order, dicts with a `step`.
 
   A last line that a killed process left incomplete is not among them.
   """
-  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  path = pathlib.Path(workdir) / f'{name}.jsonl'
   lines = []
   for line in path.read_text().splitlines() if path.exists() else ():
     with contextlib.suppress(json.JSONDecodeError):
@@ -31,28 +34,32 @@ def read(workdir):
 
 @contextlib.contextmanager
 def writer(workdir, step):
-  """Yields `write(line)` for dicts with a `step`, numbers and lists of them.
+  """Yields `write(line, name)` for dicts with a `step` and numbers, or lists.
 
   What was watched, `line['watch']`, goes to TensorBoard without the rest of its
   line, and its histograms as such.
 
   Args:
-    workdir: gets `metrics.jsonl` and `tensorboard/`.
+    workdir: gets a `.jsonl` of each of `FILES`, and `tensorboard/`.
     step: where the run starts or resumes; what was written of later steps is
       dropped, because it comes again.
   """
-  path = pathlib.Path(workdir) / 'metrics.jsonl'
-  path.parent.mkdir(parents=True, exist_ok=True)
-  kept = [line for line in read(workdir) if line['step'] <= step]
-  replace(path, ''.join(json.dumps(line) + '\n' for line in kept))
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
   board = tensorboardX.SummaryWriter(
-    str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1
+    str(workdir / 'tensorboard'), purge_step=step + 1
   )
-  with open(path, 'a') as file, contextlib.closing(board):
+  with contextlib.closing(board), contextlib.ExitStack() as stack:
+    files = {}
+    for name in FILES:
+      kept = [line for line in read(workdir, name) if line['step'] <= step]
+      path = workdir / f'{name}.jsonl'
+      replace(path, ''.join(json.dumps(line) + '\n' for line in kept))
+      files[name] = stack.enter_context(open(path, 'a'))
 
-    def write(line):
-      file.write(json.dumps(line) + '\n')
-      file.flush()
+    def write(line, name='metrics'):
+      files[name].write(json.dumps(line) + '\n')
+      files[name].flush()
       step, tree = line['step'], line
       if 'watch' in line:
         watched = dict(line['watch'])
@@ -155,9 +162,10 @@ def progress(config, num_steps, step):
 
 def show(bar, line, batch_size):
   """Moves the progress bar on by a step."""
-  bar.set_postfix_str(
-    f'loss {line["loss"]:.3f}, accuracy {line["accuracy"]:.1%}', refresh=False
-  )
+  if 'loss' in line:
+    bar.set_postfix_str(
+      f'loss {line["loss"]:.3f}, accuracy {line["accuracy"]:.1%}', refresh=False
+    )
   bar.update(batch_size)
 
 

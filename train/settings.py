@@ -19,21 +19,29 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
   'momentum', 'weight_decay', 'grad_clip_norm', 'label_smoothing',
-  'num_workers', 'seed', 'watch_every',
+  'num_workers', 'seed', 'watch_every', 'save_every_minutes', 'hang_minutes',
+  'skip_nonfinite',
 )  # fmt: skip
 OTHERS = (
-  'augment', 'data_dir', 'data_path', 'dataset', 'mean', 'method', 'model',
-  'model_args', 'neuron', 'normalize', 'num_classes', 'profile', 'std',
+  'augment', 'data_dir', 'data_path', 'dataset', 'init_from', 'mean', 'method',
+  'model', 'model_args', 'neuron', 'normalize', 'num_classes', 'profile', 'std',
   'validation_fraction', 'warmup_epochs',
 )  # fmt: skip
 # What may differ when a run is resumed; anything else would be another run.
 FREE = (
-  'config.data_dir', 'config.data_path', 'config.log_every',
-  'config.model_args.pack', 'config.model_args.remat', 'config.num_workers',
-  'config.profile', 'config.watch_every',
+  'config.data_dir', 'config.data_path', 'config.hang_minutes',
+  'config.init_from', 'config.log_every', 'config.model_args.pack',
+  'config.model_args.remat', 'config.num_workers', 'config.profile',
+  'config.save_every_minutes', 'config.watch_every',
 )  # fmt: skip
-# How runs went that are older than a field within a field.
-BEFORE = {'config.neuron.surrogate': 'rectangular'}
+# How runs went that are older than a field.
+BEFORE = {
+  'config.hang_minutes': 0,
+  'config.init_from': '',
+  'config.neuron.surrogate': 'rectangular',
+  'config.save_every_minutes': 0,
+  'config.skip_nonfinite': 0,
+}
 
 
 def check(config):
@@ -74,10 +82,12 @@ def check(config):
     raise ValueError(
       'config.dtype = float64 needs JAX_ENABLE_X64=1 in the environment'
     )
-  if config.batch_size % jax.device_count():
+  devices = jax.device_count()
+  if left := config.batch_size % devices:
     raise ValueError(
-      'config.batch_size must be a multiple of the number of devices, '
-      f'{jax.device_count()}, got {config.batch_size}'
+      f'config.batch_size must be a multiple of the number of devices, '
+      f'{devices}, got {config.batch_size}: the next one is '
+      f'{config.batch_size + devices - left}'
     )
 
 
@@ -87,29 +97,53 @@ def trained(info):
   Whatever the data are, the network takes them as it was trained to: classes,
   mean and deviation are those of the run's data.
   """
-  config = ConfigDict(info['config'])
+  fields = {name.removeprefix('config.'): x for name, x in BEFORE.items()}
+  fields.pop('neuron.surrogate')  # The neuron's own default.
+  config = ConfigDict({**fields, **info['config']})
   facts = info['data']
   config.update({name: facts[name] for name in ('num_classes', 'mean', 'std')})
   return config
 
 
-def check_unchanged(info, key, value, otherwise='another workdir'):
-  """Raises a `ValueError` naming what differs from the run of a checkpoint.
+def check_extends(info, config):
+  """Raises a `ValueError` if a checkpoint's run cannot be given more epochs."""
+  if 'config' not in info:
+    raise ValueError('expected a run to extend in this workdir, got none')
+  before = info['config']['num_epochs']
+  if config.num_epochs < before:
+    raise ValueError(
+      f'expected config.num_epochs of {before} or more, to extend the run in '
+      f'this workdir, got {config.num_epochs}'
+    )
+
+
+def check_unchanged(info, key, value, otherwise='another workdir', free=FREE):
+  """Raises a `ValueError` naming all that differs from a checkpoint's run.
 
   Args:
     info: of the checkpoint. What it does not tell, being older, may be any.
     key: what of it, `'config'` or `'data'`.
     value: the same as it is now, a dict.
     otherwise: what another run, or other data, would take.
+    free: what may differ.
   """
-  expected, got = (
-    traverse_util.flatten_dict(json.loads(json.dumps({key: tree})), sep='.')
-    for tree in ({**value, **info.get(key, {})}, value)
-  )
+  expected, got = _flat(key, {**value, **info.get(key, {})}), _flat(key, value)
+  changes = {}
   for name in expected | got:
     before, now = (t.get(name, BEFORE.get(name)) for t in (expected, got))
-    if name not in FREE and before != now:
-      raise ValueError(
-        f'{name} differs from the run in this workdir, expected '
-        f'{before!r}, got {now!r}: choose {otherwise}'
-      )
+    if name not in free and before != now:
+      changes[name] = f'expected {before!r}, got {now!r}'
+  if not changes:
+    return
+  if 'config.num_epochs' in changes:
+    otherwise += ', or --extend to train it longer'
+  first, *others = (f'{name}, {change}' for name, change in changes.items())
+  first = first.replace(',', ' differs from the run in this workdir,', 1)
+  raise ValueError(f'{"; ".join([first, *others])}: choose {otherwise}')
+
+
+def _flat(key, tree):
+  """Names from `key` on, with dots, and values as a checkpoint has them."""
+  return traverse_util.flatten_dict(
+    json.loads(json.dumps({key: tree})), sep='.'
+  )

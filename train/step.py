@@ -33,13 +33,18 @@ CPU_OPTIONS = {
 ACTIVITY = ('firing_rate', 'gradient_share', 'theta', 'width')
 
 
+# What of a step's metrics must be finite for the step to count.
+FINITE = ('loss', 'gradient_norm', 'update_norm')
+
+
 class TrainState(flax.struct.PyTreeNode):
-  """All that a step changes."""
+  """All that a step changes; `skipped` counts those that changed nothing."""
 
   step: jax.Array
   params: dict
   batch_stats: dict
   opt_state: optax.OptState
+  skipped: jax.Array
 
 
 def create_model(config, num_classes, axis_name=None):
@@ -120,6 +125,7 @@ def create_state(config, model, optimizer, example_shape):
       params=variables['params'],
       batch_stats=variables['batch_stats'],
       opt_state=optimizer.init(variables['params']),
+      skipped=jnp.zeros((), jnp.int32),
     )
 
   create = jax.jit(create, out_shardings=replicated())
@@ -151,8 +157,15 @@ def by_layer(sown):
   return layers
 
 
-def train_step(state, batch, *, model, optimizer, schedule, loss, mean, std):
-  """One step. Returns the new state and the metrics of the whole batch."""
+def train_step(
+  state, batch, *, model, optimizer, schedule, loss, mean, std, skip_nonfinite=0
+):
+  """One step. Returns the new state and the metrics of the whole batch.
+
+  Where one of `FINITE` is not finite all but the counters stays as it
+  was; and from the first such step on that is more than `skip_nonfinite`, these
+  too: whatever step is run after it, what comes out is the state before it.
+  """
 
   def forward(params):
     logits, updates = model.apply(
@@ -174,13 +187,20 @@ def train_step(state, batch, *, model, optimizer, schedule, loss, mean, std):
     'loss': value,
     'accuracy': accuracy,
     'gradient_norm': optax.tree.norm(gradients),
-    'learning_rate': schedule(state.step),
+    'update_norm': optax.tree.norm(change),
+    'learning_rate': schedule(state.step - state.skipped),
   }
-  state = TrainState(
-    step=state.step + 1,
+  finite = jnp.isfinite(jnp.stack([measured[name] for name in FINITE])).all()
+  skipped = measured['skipped'] = state.skipped + ~finite
+  going_on = skipped <= skip_nonfinite
+  kept = state.replace(step=state.step + going_on, skipped=skipped)
+  changed = kept.replace(
     params=optax.apply_updates(state.params, change),
     batch_stats=batch_stats,
     opt_state=opt_state,
+  )
+  state = jax.tree.map(
+    functools.partial(jnp.where, finite & going_on), changed, kept
   )
   return state, measured
 
@@ -293,6 +313,7 @@ def create_train_step(config, facts, steps_per_epoch, devices=None):
     model=model,
     optimizer=optimizer,
     schedule=schedule,
+    skip_nonfinite=config.skip_nonfinite,
     **objective(config, facts),
   )
   return state, pmapped(step, donate_argnums=0, devices=devices)
