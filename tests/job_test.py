@@ -4,9 +4,7 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -358,54 +356,6 @@ def test_a_run_that_was_stopped_resumes_exactly(finished, npz, tmp_path, how):
     metrics.read_json(tmp_path / 'result.json')['layers']
     == (metrics.read_json(finished[0] / 'result.json')['layers'])
   )
-
-
-@pytest.mark.sample
-def test_two_processes_train_as_one(npz, tmp_path):
-  args = (*TINY, npz, '--config.num_workers=1')
-  run('main', *args, f'--workdir={tmp_path / "one"}', JAX_NUM_CPU_DEVICES='2')
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-
-  def both():
-    processes = [
-      start(
-        'main',
-        *args,
-        f'--workdir={tmp_path / f"two_{i}"}',
-        f'--coordinator=127.0.0.1:{port}',
-        '--num_processes=2',
-        f'--process_id={i}',
-      )
-      for i in range(2)
-    ]
-    outputs = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return [out for out, _ in outputs]
-
-  first, second = both()
-  assert 'est accuracy' in first and 'accuracy' not in second
-  # The first process alone writes.
-  assert not (tmp_path / 'two_1' / 'metrics.jsonl').exists()
-  assert not (tmp_path / 'two_1' / 'checkpoints').exists()
-  one, two = (metrics.read(tmp_path / name) for name in ('one', 'two_0'))
-  assert [x['step'] for x in one] == [x['step'] for x in two]
-  for a, b in zip(one, two, strict=True):
-    if 'watch' in a:
-      a, b = (x['watch']['flow']['conv0']['u'] for x in (a, b))
-      assert a == pytest.approx(b, rel=0.1)
-    else:
-      assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
-  assert one[-1]['validation_loss'] == pytest.approx(
-    two[-1]['validation_loss'], rel=1e-2
-  )
-  # Again, from the second epoch's end on, with the state sent to the other.
-  folder = checkpoints.directory(tmp_path / 'two_0', 'latest')
-  shutil.rmtree(folder / '36')
-  assert 'going on from step 24' in both()[0]
-  assert metrics.read(tmp_path / 'two_0')[-1]['loss'] == two[-1]['loss']
-  assert 'is finished' in both()[0]
 
 
 @pytest.mark.slow

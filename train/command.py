@@ -50,10 +50,35 @@ def run(main, *required):
     except (ValueError, FloatingPointError, OSError) as error:
       logging.debug('', exc_info=True)
       end(error)
+    except RuntimeError as error:
+      if hint := advice(error):
+        logging.debug('', exc_info=True)
+        end(RuntimeError(f'{hint} ({str(error).splitlines()[0]})'))
+      raise
 
   for name in required:  # For --help, wherever it was defined.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
   app.run(guarded, flags_parser=parse)
+
+
+def advice(error):
+  """What to do about an error of JAX's runtime; '' where nobody knows."""
+  import jax
+
+  if not isinstance(error, jax.errors.JaxRuntimeError):
+    return ''
+  if 'RESOURCE_EXHAUSTED' in str(error):
+    return (
+      'the memory is not enough: take a smaller config.batch_size, or '
+      "config.model_args of {'pack': True} or {'remat': 'layer'}, of which "
+      'train.plan tells what each needs'
+    )
+  if jax.process_count() > 1:
+    return (
+      'another process has ended, and says why: start all of them again, and '
+      'they go on from the last checkpoint'
+    )
+  return ''
 
 
 def end(error):

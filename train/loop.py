@@ -244,7 +244,9 @@ def run(config, workdir, seconds, main, extend, stopping):
       tested = evaluate()
     except ending.Stopped:
       book.save(state, step, line)
-      ending.end(f'after step {step}')
+      tested = None
+  if tested is None:
+    ending.end(f'after step {step}')
   result = {
     'step': num_steps,
     **tested,

@@ -38,8 +38,14 @@ EXTEND = flags.DEFINE_bool(
 
 def join():
   """Joins the other processes, if there are any."""
+  import faulthandler
+
   import jax
 
+  if COORDINATOR.value:
+    # Where one process dies JAX aborts the others, and says so in a line that
+    # the stacks of all threads would bury.
+    faulthandler.disable()
   if COORDINATOR.value == 'auto':
     jax.distributed.initialize()
   elif COORDINATOR.value:
