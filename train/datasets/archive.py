@@ -116,7 +116,7 @@ def _whole(what):
   except MemoryError as error:
     raise ValueError(f'not enough memory for {what}: {error}') from error
   except Exception as error:  # What they raise depends on what is wrong.
-    reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+    reason = f'{type(error).__name__}: {error}'.splitlines()[0][:300]
     raise ValueError(
       f'not a whole .npz file of arrays: {what}: {reason}'
     ) from error
