@@ -32,7 +32,7 @@ from train.datasets import archive
 SENSOR = 128
 SIZE = 48
 JITTER = 1000  # Microseconds; a hundredth of a frame of the usual ten.
-LARGEST = 2**26  # Bytes of a recording; the dataset's have some 1.6 million.
+LARGEST = 2**25  # Bytes of a recording; the dataset's have some 1.6 million.
 LONGEST = 10_000_000  # Microseconds; the dataset's take some 1.3 million.
 PAGE = 'https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671'
 URLS = {
