@@ -4,6 +4,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -102,6 +104,30 @@ def test_a_killed_worker_is_an_error(num_workers, batches_before):
       take(batches, 500)
     killer.join()
   assert '\n' not in str(e.value)
+
+
+@pytest.mark.sample
+def test_workers_end_where_the_job_was_killed():
+  program = """
+import multiprocessing
+from tests import hosts_data_test as test
+from train import data
+if __name__ == '__main__':
+  batches = data.train_batches(test.Slow(), test.make_config(num_workers=2))
+  test.take(batches, 3)
+  workers = multiprocessing.active_children()
+  print(*(worker.pid for worker in workers), flush=True)
+  test.take(batches, 500)
+"""
+  with (
+    no_hang(),
+    subprocess.Popen([sys.executable, '-c', program], stdout=-1) as job,
+  ):
+    workers = job.stdout.readline().split()
+    assert len(workers) == 2
+    job.kill()
+    # Its end comes when none is left that could write to it.
+    assert job.stdout.read() == b''
 
 
 class Damaged:

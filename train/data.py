@@ -8,7 +8,10 @@ compiled step.
 
 import functools
 import itertools
+import multiprocessing
+import os
 import re
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -312,8 +315,19 @@ def _read_ahead(batches, num_workers):
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain reads its own; a notebook has none.
     options = grain.MultiprocessingOptions(num_workers=num_workers)
-    batches = batches.mp_prefetch(options)
+    batches = batches.mp_prefetch(options, _end_with_parent)
   return _until_death(iter(batches))
+
+
+def _end_with_parent(worker, num_workers):
+  """Has a worker process end where the job was killed; Grain's stay forever."""
+  del worker, num_workers
+
+  def wait():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 def _until_death(batches):
