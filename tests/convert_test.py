@@ -99,6 +99,25 @@ def test_layouts():
   assert theirs['fc.2.layer.weight'].shape == (4, 5)
 
 
+@pytest.mark.parametrize(
+  ('name', 'array', 'message'),
+  [
+    ('fc.0.layer.weight', np.zeros((0, 3)), r'of 2 axes, got \(0, 3\)'),
+    ('encode.1.neuron.running_threshold', np.float32(1), r'1 axes, got \(\)'),
+    ('fc.2.layer.weight', np.full((4, 5), 'text'), '64 bits, got <U4'),
+    ('fc.2.layer.weight', np.ones((4, 5), complex), '64 bits, got complex'),
+    ('fc.2.layer.weight', np.zeros((4, 5), 'V3'), r'64 bits, got \|V3'),
+    ('fc.2.layer.weight', np.ones((4, 5), 'g'), '64 bits, got float128'),
+    ('fc.2.layer.weight', np.full((4, 5), None), '64 bits, got object'),
+  ],
+)
+def test_arrays_that_are_no_weights(name, array, message):
+  theirs = {**convert.to_torch(variables(**SMALL)), name: array}
+  with pytest.raises(ValueError, match=f'{name}.* {message}'):
+    convert.settings(theirs)
+    convert.from_torch(theirs, variables(**SMALL))
+
+
 def test_names_are_those_of_the_reference():
   names = set(reference('final.'))
   names -= {name for name in names if name.endswith('num_batches_tracked')}
