@@ -254,9 +254,7 @@ class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
     for label, file in recordings:
       try:
         events = decode(_content(file))
-      except (
-        Exception
-      ) as error:  # What zipfile raises depends on what is wrong.
+      except Exception as error:  # What is raised depends on what is wrong.
         raise ValueError(f'damaged file {file.where}: {error}') from error
       if (seconds := events[-1][-1] / 1e6) > LONGEST / 1e6:
         logging.warning(
