@@ -89,15 +89,17 @@ def settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   """
   state_dict = unwrap(state_dict)
 
-  def outputs(layer, rank):
-    name = f'{layer}.layer.weight'
+  def length(name, rank):
     shape = np.shape(state_dict[name]) if name in state_dict else ()
-    if len(shape) != rank:
+    if len(shape) != rank or 0 in shape:
       raise ValueError(
         f'Expected the state dict of a ResNet-19, with {name} of {rank} axes, '
         f'got {shape if name in state_dict else "nothing"}.'
       )
     return shape[0]
+
+  def outputs(layer, rank):
+    return length(f'{layer}.layer.weight', rank)
 
   found = (re.match(r'ResNetBlocks\.(\d+)\.', name) for name in state_dict)
   num_blocks = len({match[1] for match in found if match})
@@ -114,8 +116,10 @@ def settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     'num_classes': outputs('fc.2', 2),
     'learn_decay': 'encode.1.neuron.w' in state_dict,
   }
-  running = state_dict.get('encode.1.neuron.running_threshold')
-  return attributes | ({} if running is None else {'num_steps': len(running)})
+  running = 'encode.1.neuron.running_threshold'
+  if running in state_dict:
+    attributes['num_steps'] = length(running, 1)
+  return attributes
 
 
 def from_torch(state_dict: Mapping[str, Any], template: Any) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def from_torch(state_dict: Mapping[str, Any], template: Any) -> dict[str, Any]:
 
   Raises:
     ValueError: it names every entry that is missing, extra or misshapen, or
-      not finite.
+      not of real numbers, or not finite.
   """
   expected = to_torch(template)
   given = {
@@ -154,6 +158,13 @@ def from_torch(state_dict: Mapping[str, Any], template: Any) -> dict[str, Any]:
     )
     if want != got and not (got == 'nothing' and name.endswith(kept)):
       problems.append(f'{name}: expected {want}, got {got}')
+  problems += [
+    f'{name}: expected real numbers of up to 64 bits, got {array.dtype}'
+    for name, array in given.items()
+    if array.dtype.kind in 'cmMOSTU'
+    or array.dtype.type is np.void  # Unlike bfloat16, of kind V too.
+    or array.dtype.itemsize > 8
+  ]
   if problems:
     raise ValueError(
       'The state dict does not fit the network:\n  ' + '\n  '.join(problems)

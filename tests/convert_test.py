@@ -99,6 +99,25 @@ def test_layouts():
   assert theirs['fc.2.layer.weight'].shape == (4, 5)
 
 
+@pytest.mark.parametrize(
+  ('name', 'array', 'message'),
+  [
+    ('fc.0.layer.weight', np.zeros((0, 3)), r'of 2 axes, got \(0, 3\)'),
+    ('encode.1.neuron.running_threshold', np.float32(1), r'1 axes, got \(\)'),
+    ('fc.2.layer.weight', np.full((4, 5), 'text'), '64 bits, got <U4'),
+    ('fc.2.layer.weight', np.ones((4, 5), complex), '64 bits, got complex'),
+    ('fc.2.layer.weight', np.zeros((4, 5), 'V3'), r'64 bits, got \|V3'),
+    ('fc.2.layer.weight', np.ones((4, 5), 'g'), '64 bits, got float128'),
+    ('fc.2.layer.weight', np.full((4, 5), None), '64 bits, got object'),
+  ],
+)
+def test_arrays_that_are_no_weights(name, array, message):
+  theirs = {**convert.to_torch(variables(**SMALL)), name: array}
+  with pytest.raises(ValueError, match=f'{name}.* {message}'):
+    convert.settings(theirs)
+    convert.from_torch(theirs, variables(**SMALL))
+
+
 def test_names_are_those_of_the_reference():
   names = set(reference('final.'))
   names -= {name for name in names if name.endswith('num_batches_tracked')}
@@ -389,9 +408,18 @@ class Tensor:
       raise TypeError('Got unsupported ScalarType BFloat16')
     return self.array
 
+  def numel(self):
+    """Returns how many elements it has."""
+    return self.array.size
 
-def fake_torch(monkeypatch, found):
+  def element_size(self):
+    """Returns how many bytes each of them has."""
+    return self.array.itemsize
+
+
+def fake_torch(monkeypatch, path, found):
   """Puts in PyTorch's place what loads `found`, or raises it."""
+  path.write_bytes(bytes(1000))
 
   def load(path, map_location, weights_only):
     assert map_location == 'cpu' and weights_only is True
@@ -402,37 +430,38 @@ def fake_torch(monkeypatch, found):
   monkeypatch.setitem(sys.modules, 'torch', types.SimpleNamespace(load=load))
 
 
-def test_tensors_of_a_pt_file(monkeypatch):
+def test_tensors_of_a_pt_file(monkeypatch, tmp_path):
   array = np.arange(3, dtype=np.float32)
   state_dict = {
     'plain': Tensor(array),
     'trained': Tensor(array, grad=True),
     'half': Tensor(array, 'bfloat16', grad=True),
   }
-  fake_torch(
-    monkeypatch, {'model': {f'module.{k}': v for k, v in state_dict.items()}}
-  )
-  found = command.read('theirs.pt')
+  path = tmp_path / 'theirs.pt'
+  named = {f'module.{name}': tensor for name, tensor in state_dict.items()}
+  fake_torch(monkeypatch, path, {'model': named})
+  found = command.read(path)
   chex.assert_trees_all_equal(
     found, dict.fromkeys(state_dict, array), strict=True
   )
 
 
-def test_a_whole_module_is_one_clear_line(monkeypatch):
+def test_a_whole_module_is_one_clear_line(monkeypatch, tmp_path):
+  path = tmp_path / 'theirs.pt'
   error = pickle.UnpicklingError('Weights only load failed.\n\nMany lines.')
-  fake_torch(monkeypatch, error)
+  fake_torch(monkeypatch, path, error)
   with pytest.raises(
     ValueError, match='such as a whole network: save '
   ) as caught:
-    command.read('theirs.pt')
+    command.read(path)
   message = str(caught.value)
   assert message.startswith(
-    'expected a state dict, tensors by name, in theirs.pt'
+    f'expected a state dict, tensors by name, in {path}'
   )
   assert 'network.state_dict()' in message and '\n' not in message
-  fake_torch(monkeypatch, [1, 2])
+  fake_torch(monkeypatch, path, [1, 2])
   with pytest.raises(ValueError, match='expected a state dict, .* got'):
-    command.read('theirs.pt')
+    command.read(path)
 
 
 def test_bfloat16_comes_and_goes_as_float32(tmp_path):
@@ -455,7 +484,7 @@ def test_files_that_are_not_state_dicts(tmp_path):
   (tmp_path / 'text.npz').write_text('text')
   for name, message in (
     ('text.npz', 'expected a state dict, tensors by name, in .*text.npz, got'),
-    ('none.npz', 'got FileNotFoundError'),
+    ('none.npz', 'got .*: FileNotFoundError'),
     ('other.bin', 'expected a .npz or .pt file, got .*other.bin'),
   ):
     with pytest.raises(ValueError, match=message):

@@ -405,7 +405,7 @@ def test_evaluation_keeps_the_order():
 
 def test_batches_must_divide_among_hosts():
   source = make_source()
-  with pytest.raises(ValueError, match='multiple of 3 hosts, got 4'):
+  with pytest.raises(ValueError, match='of 3 hosts, such as 6, got 4'):
     data.train_batches(source, make_config(), num_hosts=3)
-  with pytest.raises(ValueError, match='multiple of 1 hosts, got 0'):
+  with pytest.raises(ValueError, match='of 1 hosts, such as 1, got 0'):
     data.eval_batches([source], make_config(), batch_size=0)

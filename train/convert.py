@@ -21,8 +21,10 @@ running thresholds, and its batch counters, which do nothing, are not kept.
 """
 
 import importlib
+import os
 import pathlib
 import pickle
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,7 @@ from dsatgo_jax import convert
 from dsatgo_jax.models import ResNet19
 from train import checkpoints, command, data, lock, settings
 from train import step as step_lib
+from train.datasets import archive
 
 FROM_TORCH = flags.DEFINE_string(
   'from_torch', None, 'The state dict that becomes a checkpoint in --workdir.'
@@ -90,8 +93,18 @@ def converted(path, config):
     },
   }
   facts = data.describe(data.load(config))
-  # The state is the same for any number of steps.
-  state, _ = step_lib.create_train_step(config, facts, steps_per_epoch=1)
+
+  def create():  # The state is the same for any number of steps.
+    return step_lib.create_train_step(config, facts, steps_per_epoch=1)[0]
+
+  # The file tells the network's size: whether all of it is there is seen before
+  # there is memory taken for it. These take none.
+  blank = jax.tree.map(
+    lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape),
+    step_lib.variables(jax.eval_shape(create)),
+  )
+  convert.from_torch(state_dict, blank)
+  state = create()
   # In float64 where theirs is, so that the way back is exact.
   dtype = np.promote_types(np.float32, state_dict['fc.2.layer.weight'].dtype)
   template = jax.tree.map(
@@ -128,23 +141,50 @@ def read(path):
   torch = library(path)
   try:
     if torch:
+      check_stored(path)
       found = torch.load(path, map_location='cpu', weights_only=True)
     else:
-      with np.load(path) as archive:
-        found = dict(archive)
+      found = archive.read(path)
     if not isinstance(found, dict):
       raise TypeError(f'a {type(found).__name__}')
-    return {name: array(value) for name, value in convert.unwrap(found).items()}
+    found = convert.unwrap(found)
+    if torch:
+      check_sizes(path, found)
+    return {name: array(value) for name, value in found.items()}
   except Exception as error:  # What they raise depends on what is wrong.
     reason = f'{type(error).__name__}: {error}'.splitlines()[0]
     if isinstance(error, pickle.UnpicklingError):
       reason = (
         'a pickle of more than tensors, such as a whole network: save '
-        'network.state_dict() alone'
+        'network.state_dict() alone; or a damaged file'
       )
     raise ValueError(
       f'expected a state dict, tensors by name, in {path}, got {reason}'
     ) from error
+
+
+def check_stored(path):
+  """Raises a `ValueError` where a `.pt` file is larger once it is read.
+
+  PyTorch writes zip files that are not compressed; before 1.6, no zip files.
+  """
+  if zipfile.is_zipfile(path):
+    with zipfile.ZipFile(path) as file:
+      for member in file.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+          raise ValueError('compressed tensors, which PyTorch never writes')
+
+
+def check_sizes(path, tensors):
+  """Raises a `ValueError` for a tensor that repeats what the file has once."""
+  room = os.path.getsize(path)
+  for name, tensor in tensors.items():
+    if hasattr(tensor, 'detach'):
+      size = tensor.numel() * tensor.element_size()
+      if size > room:
+        raise ValueError(
+          f'{ascii(name)[:80]} of {size} bytes in a file of {room}'
+        )
 
 
 def array(value):

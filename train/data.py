@@ -8,6 +8,10 @@ compiled step.
 
 import functools
 import itertools
+import multiprocessing
+import os
+import re
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -227,7 +231,8 @@ def train_batches(source, config, *, start_step=0, host=0, num_hosts=1):
 
   Returns:
     An iterator of `{'image': [b, ...], 'label': [b]}`,
-    `b = batch_size // num_hosts`.
+    `b = batch_size // num_hosts`. A worker process that is gone makes it raise
+    `ChildProcessError`, and an example that cannot be read `ValueError`.
   """
   batch_size = config.batch_size
   per_host = _per_host(batch_size, num_hosts)
@@ -242,7 +247,7 @@ def train_batches(source, config, *, start_step=0, host=0, num_hosts=1):
     .repeat()
     .slice(slice(start_step, None))
   )
-  return iter(_read_ahead(batches, config.num_workers))
+  return _read_ahead(batches, config.num_workers)
 
 
 def eval_batches(sources, config, *, batch_size, host=0, num_hosts=1):
@@ -287,15 +292,16 @@ def eval_batches(sources, config, *, batch_size, host=0, num_hosts=1):
     .batch(per_host)
   )
   in_memory = all(hasattr(source, 'images') for source in sources)
-  batches = iter(_read_ahead(batches, 0 if in_memory else config.num_workers))
+  batches = _read_ahead(batches, 0 if in_memory else config.num_workers)
   return (itertools.islice(batches, count) for count in counts)
 
 
 def _per_host(batch_size, num_hosts):
   if batch_size < 1 or batch_size % num_hosts:
+    good = max(1, -(-batch_size // num_hosts)) * num_hosts
     raise ValueError(
-      f'the batch size must be a positive multiple of {num_hosts} hosts, '
-      f'got {batch_size}'
+      f'the batch size must be a positive multiple of {num_hosts} hosts, such '
+      f'as {good}, got {batch_size}'
     )
   return batch_size // num_hosts
 
@@ -309,5 +315,35 @@ def _read_ahead(batches, num_workers):
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain reads its own; a notebook has none.
     options = grain.MultiprocessingOptions(num_workers=num_workers)
-    batches = batches.mp_prefetch(options)
-  return batches
+    batches = batches.mp_prefetch(options, _end_with_parent)
+  return _until_death(iter(batches))
+
+
+def _end_with_parent(worker, num_workers):
+  """Has a worker process end where the job was killed; Grain's stay forever."""
+  del worker, num_workers
+
+  def wait():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def _until_death(batches):
+  """Yields batches; says in our words that a worker process is gone.
+
+  Raises:
+    ChildProcessError: it is.
+  """
+  try:
+    yield from batches
+  except RuntimeError as error:  # Grain's; there is no other way to tell it.
+    if 'terminated unexpectedly' not in str(error):
+      raise
+    code = re.search(r'exit code (-?\d+)', str(error))
+    raise ChildProcessError(
+      'a process that reads data (config.num_workers) ended with exit code '
+      f'{code[1] if code else "unknown"}; -9 is a kill, as of a machine that '
+      'is out of memory'
+    ) from error

@@ -12,19 +12,28 @@ programs make of them (see `resize_8bit`).
 """
 
 import dataclasses
+import functools
 import itertools
 import pathlib
+import posixpath
 import re
 import zipfile
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import requests
 import tensorflow_datasets as tfds
+from absl import logging
 from PIL import Image
+
+from train.datasets import archive
 
 SENSOR = 128
 SIZE = 48
 JITTER = 1000  # Microseconds; a hundredth of a frame of the usual ten.
+LARGEST = 2**25  # Bytes of a recording; the dataset's have some 1.6 million.
+LONGEST = 10_000_000  # Microseconds; the dataset's take some 1.3 million.
 PAGE = 'https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671'
 URLS = {
   name: f'https://ndownloader.figshare.com/files/{number}'
@@ -54,7 +63,8 @@ def decode(data):
   set back: time goes on from the event before it. The dataset's own reader
   repairs such files alike, adding the time that had been reached; sorted, their
   parts would be shuffled together. A shorter way back is jitter, and sorted. A
-  clock that wraps around goes on.
+  clock that wraps around goes on. A leap ahead of up to 2**31 microseconds is
+  believed; a longer one cannot be told from a way back.
 
   Args:
     data: the file's bytes.
@@ -222,6 +232,11 @@ class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
         raise ValueError(
           f'{path}: expected 1,000 .aedat files, found {len(files)}'
         )
+      if len(names := {file.name for file in files}) < len(files):
+        raise ValueError(
+          f'{path}: expected {len(files)} .aedat files of different names, '
+          f'found {len(names)}'
+        )
       if self.builder_config.held_out == 'random':
         files = [files[index] for index in rng.permutation(len(files))]
       if self.builder_config.held_out == 'last':
@@ -238,9 +253,16 @@ class Cifar10Dvs(tfds.core.GeneratorBasedBuilder):
     shrink = resize_8bit if config.eight_bit else resize
     for label, file in recordings:
       try:
-        events = decode(file.read_bytes())
-      except (ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f'damaged file {file}: {error}') from error
+        events = decode(_content(file))
+      except Exception as error:  # What is raised depends on what is wrong.
+        raise ValueError(f'damaged file {file.where}: {error}') from error
+      if (seconds := events[-1][-1] / 1e6) > LONGEST / 1e6:
+        logging.warning(
+          '%s takes %.0f seconds, expected about 1.3: where its clock leapt '
+          'ahead, frames by time are empty',
+          file.where,
+          seconds,
+        )
       counts = frames(*events, config.num_steps, config.by)
       yield (
         f'{label}/{file.name}',
@@ -277,17 +299,60 @@ def _archives(dl_manager):
   }
 
 
+class _Recording(NamedTuple):
+  """An `.aedat` file, in a folder or a zip file."""
+
+  name: str
+  where: str
+  size: int
+  open: Callable
+
+
 def _recordings(path):
-  """Returns the `.aedat` files of a folder or zip file by their number."""
+  """Returns the recordings in a folder or zip file by their number."""
   if path.is_dir():
-    files = list(path.rglob('*.aedat'))
+    files = [
+      _Recording(
+        file.name,
+        str(file),
+        file.stat().st_size,
+        functools.partial(file.open, 'rb'),
+      )
+      for file in path.rglob('*.aedat')
+      if file.is_file()
+    ]
   else:
     try:
-      archive = zipfile.Path(path)
-    except zipfile.BadZipFile as error:
+      zipped = zipfile.ZipFile(path)
+    except Exception as error:  # What it raises depends on what is wrong.
       raise ValueError(f'damaged file {path}: {error}') from error
-    files = [archive / name for name in archive.root.namelist()]
+    files = [
+      _Recording(
+        posixpath.basename(member.filename),
+        f'{path}/{ascii(member.filename)[1:-1]}',
+        member.file_size,
+        functools.partial(_unzipped, zipped, member),
+      )
+      for member in zipped.infolist()
+    ]
   return sorted(
     (file for file in files if re.fullmatch(r'[^.].*\.aedat', file.name)),
-    key=lambda file: [int(number) for number in re.findall(r'\d+', file.name)],
+    key=lambda file: [int(n) for n in re.findall(r'\d{1,18}', file.name)],
   )
+
+
+def _unzipped(zipped, member):
+  """Opens a file within a zip file that says how large it gets."""
+  if member.compress_type not in archive.EXPANSION:
+    raise ValueError(
+      f'expected it stored or deflated, got compression {member.compress_type}'
+    )
+  return zipped.open(member)
+
+
+def _content(recording):
+  """Returns a recording's bytes."""
+  if recording.size > LARGEST:
+    raise ValueError(f'expected at most {LARGEST} bytes, got {recording.size}')
+  with recording.open() as file:
+    return file.read(LARGEST)

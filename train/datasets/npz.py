@@ -1,11 +1,12 @@
 """Users' own arrays: one `.npz` file with both splits."""
 
 import contextlib
+import functools
 import os
-import zipfile
-import zlib
 
 import numpy as np
+
+from train.datasets import archive
 
 
 def read(path, num_classes=None):
@@ -23,10 +24,11 @@ def read(path, num_classes=None):
     axis and uint8 or float32, labels int32.
 
   Raises:
-    ValueError: naming what was expected and what the file has.
+    ValueError: naming the file, what was expected and what it has; see
+      `archive.read` for damaged and hostile files.
   """
   with _named(path) as path:
-    arrays = _arrays(path, ('x_train', 'y_train', 'x_test', 'y_test'))
+    arrays = _arrays(path, ('train', 'test'))
     x_train, y_train = _split(arrays, 'train')
     x_test, y_test = _split(arrays, 'test')
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
@@ -54,7 +56,7 @@ def read_test(path, num_classes):
     `(x_test, y_test)`.
   """
   with _named(path) as path:
-    x, y = _split(_arrays(path, ('x_test', 'y_test')), 'test')
+    x, y = _split(_arrays(path, ('test',)), 'test')
     return x, _below(num_classes, 'y_test', y)
 
 
@@ -68,64 +70,57 @@ def _named(path):
     raise ValueError(f'{path}: {error}') from error
 
 
-def _arrays(path, names):
+def _arrays(path, splits):
   """Returns arrays of the file as they are, by name."""
+  names = [f'{kind}_{split}' for split in splits for kind in 'xy']
   if not os.path.isfile(path):
     raise ValueError(
       'config.data_path is not a file; expected an .npz file with '
       + ', '.join(names)
     )
-  try:
-    with open(path, 'rb') as file, np.load(file) as arrays:
-      missing = [name for name in names if name not in arrays]
-      if not missing:
-        return {name: arrays[name] for name in names}
-      found = ', '.join(arrays) or 'nothing'
-  except (OSError, EOFError, TypeError, AttributeError, ValueError) as error:
-    raise ValueError(f'not a whole .npz file of arrays: {error}') from error
-  except (zipfile.BadZipFile, zlib.error) as error:
-    raise ValueError(f'not a whole .npz file of arrays: {error}') from error
-  raise ValueError(f'expected {", ".join(missing)} as well, found {found}')
+  return archive.read(path, names, functools.partial(_check, splits))
+
+
+def _check(splits, headers):
+  """Checks shapes and dtypes, before any array is read."""
+  for split in splits:
+    x, y = f'x_{split}', f'y_{split}'
+    images, labels = headers[x], headers[y]
+    if len(images.shape) not in (3, 4, 5) or 0 in images.shape:
+      raise ValueError(
+        f'{x} must be [N, H, W], [N, H, W, C] or [N, T, H, W, C] and not '
+        f'empty, got shape {images.shape}'
+      )
+    if images.dtype != np.uint8 and images.dtype.kind != 'f':
+      raise ValueError(f'{x} must be uint8 or float, got {images.dtype}')
+    if labels.shape != images.shape[:1]:
+      raise ValueError(
+        f'{y} must have shape {images.shape[:1]}, one label an image, '
+        f'got {labels.shape}'
+      )
+    if labels.dtype.kind not in 'iu':
+      raise ValueError(f'{y} must be integers, got {labels.dtype}')
 
 
 def _split(arrays, split):
   """Returns images and labels of a split, each checked by itself."""
   x, y = f'x_{split}', f'y_{split}'
   images = _images(x, arrays.pop(x))  # Not to hold what it was made of.
-  return images, _labels(y, arrays[y], len(images))
+  if (least := arrays[y].min()) < 0:
+    raise ValueError(f'{y} must not be negative, got {least}')
+  return images, arrays[y]
 
 
 def _images(name, images):
   """Returns `[N, H, W, C]` or `[N, T, H, W, C]`, uint8 or finite float32."""
-  if images.ndim not in (3, 4, 5) or 0 in images.shape:
-    raise ValueError(
-      f'{name} must be [N, H, W], [N, H, W, C] or [N, T, H, W, C] and not '
-      f'empty, got shape {images.shape}'
-    )
   if images.dtype != np.uint8:
-    if not np.issubdtype(images.dtype, np.floating):
-      raise ValueError(f'{name} must be uint8 or float, got {images.dtype}')
     with np.errstate(over='ignore'):
-      images = images.astype(np.float32)
+      images = images.astype(np.float32, copy=False)
     if bad := np.count_nonzero(~np.isfinite(images)):
       raise ValueError(
         f'{name} must be finite in float32, got {bad} NaN or infinite values'
       )
   return images[..., None] if images.ndim == 3 else images
-
-
-def _labels(name, labels, count):
-  """Checks that there are `count` integers from 0."""
-  if labels.shape != (count,):
-    raise ValueError(
-      f'{name} must have shape ({count},), one label an image, '
-      f'got {labels.shape}'
-    )
-  if not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(f'{name} must be integers, got {labels.dtype}')
-  if labels.min() < 0:
-    raise ValueError(f'{name} must not be negative, got {labels.min()}')
-  return labels
 
 
 def _below(num_classes, name, labels):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import sys
 import zlib
@@ -12,9 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import requests
 import tensorflow_datasets as tfds
+from google.protobuf import json_format  # TFDS's, and it lets it through.
 
 # The builders register themselves with TFDS when they are imported.
-from train.datasets import cifar10_dvs, digits, digits_dvs, npz  # noqa: F401
+from train.datasets import archive, cifar10_dvs, digits, digits_dvs, npz  # noqa: F401
 
 # What TFDS cannot download, and where users get it.
 MANUAL_FILES = {
@@ -59,7 +61,9 @@ class Records:
     return len(self.indices)
 
   def __getitem__(self, index):
-    example = self.source[int(self.indices[index])]
+    index = int(self.indices[index])
+    with naming_file(self.source, index):
+      example = self.source[index]
     return {'image': example['image'], 'label': np.int32(example['label'])}
 
   def take(self, indices):
@@ -72,6 +76,26 @@ class Records:
     examples = [self[index] for index in some]
     facts = [(int(e['label']), e['image'].shape) for e in examples]
     return zlib.crc32(repr(facts).encode())
+
+
+@contextlib.contextmanager
+def naming_file(source, index):
+  """Names the file of an example that cannot be read from a TFDS data source.
+
+  Raises:
+    ValueError: instead of whatever is raised within.
+  """
+  try:
+    yield
+  except Exception as error:  # What is raised depends on what is wrong.
+    if not hasattr(source, 'dataset_info'):
+      raise
+    split = source.dataset_info.splits[source.split]
+    shard = np.searchsorted(np.cumsum(split.shard_lengths), index, 'right')
+    raise ValueError(
+      f'damaged file {split.filepaths[shard]}: example {index} of the split: '
+      f'{error}'
+    ) from error
 
 
 def from_npz(path, num_classes=None):
@@ -92,7 +116,9 @@ def from_tfds(name, data_dir=None):
 
   Raises:
     ValueError: for an unknown name, or saying what it takes to prepare it; for
-      one prepared in a format without random access, or with other features.
+      one prepared in a format without random access, or with other features;
+      naming a file that is damaged; for images of one size that are larger
+      than the memory.
   """
   data_dir = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
   make = functools.partial(
@@ -103,6 +129,12 @@ def from_tfds(name, data_dir=None):
   except tfds.core.registered.DatasetNotFoundError as error:
     raise ValueError(
       f"config.dataset: expected 'npz' or a dataset of TFDS, got {name!r}"
+    ) from error
+  except (json_format.ParseError, AssertionError) as error:  # Another version.
+    folder = os.path.join(data_dir, name)
+    raise ValueError(
+      f'damaged dataset_info.json in {folder}: {error}; where the folder is '
+      'moved away, the dataset is prepared anew'
     ) from error
   if not builder.is_prepared():
     _prepare(builder, name, data_dir)
@@ -124,10 +156,21 @@ def _read(builder, split):
   feature = builder.info.features['image']
   if None in feature.shape:
     return Records(source, np.arange(len(source)))
-  images = np.empty((len(source), *feature.shape), feature.np_dtype)
+  shape = (len(source), *feature.shape)
+  size = math.prod(shape) * np.dtype(feature.np_dtype).itemsize
+  archive.fits(size, f'{builder.data_dir}, {split}')
+  images = np.empty(shape, feature.np_dtype)
   labels = np.empty(len(source), np.int32)
-  for index, example in enumerate(source):
-    images[index], labels[index] = example['image'], example['label']
+  for index in range(len(source)):
+    with naming_file(source, index):
+      example = source[index]
+      images[index], labels[index] = example['image'], example['label']
+  num_classes = builder.info.features['label'].num_classes
+  if bad := np.count_nonzero((labels < 0) | (labels >= num_classes)):
+    raise ValueError(
+      f'{builder.data_dir}, {split}: expected labels in 0..{num_classes - 1}, '
+      f'got {bad} others of {len(labels)}'
+    )
   return Arrays(images, labels)
 
 
