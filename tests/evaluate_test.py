@@ -11,7 +11,7 @@ import pytest
 import train
 from dsatgo_jax.analysis import energy
 from tests import tiny
-from train import checkpoints, evaluate, loop
+from train import checkpoints, evaluate, loop, tables
 from train import step as step_lib
 
 
@@ -126,7 +126,7 @@ def test_tables_of_gradients():
     'conv0': dict(zip(paths, (0.5, 0.4, 0.1), strict=True)),
     'a/very/deep/layer': dict.fromkeys(paths),
   }
-  lines = evaluate.flow_tables(
+  lines = tables.flow_tables(
     {'num_examples': 8, 'layers': layers, 'shares': shares}
   )
   assert list(lines) == [
@@ -150,7 +150,7 @@ def test_table_of_energy():
     'multiply_accumulates': 5e5, 'energy': 3.65e6, 'relu_operations': 6e6,
     'relu_energy': 27.6e6,
   }  # fmt: skip
-  *rows, last = evaluate.energy_table(found)
+  *rows, last = tables.energy_table(found)
   assert [row.split('  ')[0] for row in rows] == [
     'operations, an example', 'conv0', 'total'
   ]  # fmt: skip
