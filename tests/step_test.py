@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsatgo_jax import losses
 from tests import tiny
-from train import criterion, data
+from train import data
 from train import step as step_lib
 
 FACTS = {
@@ -270,53 +269,3 @@ def test_layers_come_in_the_order_of_the_network():
   batch = step_lib.unmasked(on_devices(batch_of(8)))
   sums = jax.eval_shape(run_eval, step_lib.variables(state), batch)
   assert list(sums['layers']) == [f'conv{i}' for i in range(12)]
-
-
-class Written:
-  """A network whose logits [T, K] are the image: nothing to compile."""
-
-  def apply(self, variables, images, **_):
-    """[B, T, K, 1] to [T, B, K]."""
-    return jnp.moveaxis(images[..., 0], 1, 0), {'spiking': {}}
-
-
-@pytest.mark.parametrize(
-  'loss, class_weights', [('cross_entropy', None), ('tet', (0.5, 1, 4))]
-)
-@jax.enable_x64(True)
-def test_an_evaluation_is_averaged_over_all_of_its_examples(
-  loss, class_weights, monkeypatch
-):
-  """The loss as of one batch; examples in their order, padding left out."""
-  monkeypatch.setattr(step_lib, 'create_model', lambda *_: Written())
-  monkeypatch.setattr(
-    data, 'normalize', lambda images, *_: jnp.asarray(images, jnp.float64)
-  )
-  config = tiny.config(loss=loss, class_weights=class_weights)
-  rng = np.random.default_rng(0)
-  image, label = rng.normal(0, 2, (24, 2, 3, 1)), rng.integers(0, 3, 24)
-  batch = {'image': image, 'label': label, 'mask': np.arange(24) < 21}
-  batches = [
-    on_devices({name: a[i : i + 8] for name, a in batch.items()})
-    for i in (0, 8, 16)
-  ]
-  run_eval = step_lib.create_eval_step(config, FACTS, each=True)
-  sums, each = zip(*(run_eval({}, b) for b in batches), strict=True)
-  found = step_lib.average(sums)
-  logits, label = jnp.moveaxis(image[:21, ..., 0], 1, 0), label[:21]
-  told = {}
-  if class_weights:
-    told['class_weights'] = losses.normalized_weights(class_weights, label)
-  expected = criterion.of_example(config)(logits, label, **told)
-  assert found['loss'] == pytest.approx(np.asarray(expected).mean(), rel=1e-12)
-  guessed = np.asarray(logits).mean(0).argmax(-1)
-  assert found['accuracy'] == pytest.approx(np.mean(guessed == label))
-  assert np.sum(found['confusion'], 1).tolist() == np.bincount(label).tolist()
-  assert np.trace(found['confusion']) == np.sum(guessed == label)
-  assert found['confusion'][0][1] == np.sum((label == 0) & (guessed == 1))
-  assert not {'weight', 'unweighted'} & found.keys()
-
-  whole = {name: np.concatenate([b[name] for b in each]) for name in each[0]}
-  assert whole['mask'].tolist() == batch['mask'].tolist()
-  np.testing.assert_allclose(whole['logits'][:21], logits.mean(0), rtol=1e-12)
-  np.testing.assert_array_equal(whole['label'][:21], label)

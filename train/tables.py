@@ -155,12 +155,12 @@ def class_tables(confusion):
   ]
   yield from table(
     'worst classes',
-    ['examples', 'right, %', 'mostly taken for'],
+    ['examples', 'right, %', 'mostly taken for (times)'],
     {
       str(label): [
         str(totals[label]),
         percent(accuracy[label]),
-        f'{wrong[label].argmax()} ({wrong[label].max()} times)',
+        f'{wrong[label].argmax()} ({wrong[label].max()})',
       ]
       for label in worst
     },
