@@ -23,8 +23,8 @@ def test_all_is_well():
   # A layer may be silent, or all of it fire, at some timesteps.
   quiet = {'firing_rate': [0.0, 1.0, 0.1], 'gradient_share': [0.0, 0.0, 0.1]}
   assert complaints(conv0=quiet) == {}
-  scores = {'loss': 1.0, 'layers': {'conv0': layer()}}  # Of an older run.
-  assert health.complaints(scores, 1000, 0.9) == {}
+  # An older run has no confusions, and one without a split no loss.
+  assert health.complaints({'layers': {'conv0': layer()}}, 1000) == {}
 
 
 def test_dead_layers_are_named_together():
@@ -64,14 +64,18 @@ def test_running_averages_that_lag():
 @pytest.mark.parametrize(
   'momentum, slowest, until',
   # 0.99 ** 298 = 0.0500 (more), 0.99 ** 299 = 0.0495.
-  [(0.5, '0.9', 'from step 29 on'), (0.99, '0.99', 'from step 299 on'),
-   (1, '1', 'never')],
-)  # fmt: skip
+  [
+    (None, '0.9', 'from step 29 on'),
+    (0.5, '0.9', 'from step 29 on'),
+    (0.99, '0.99', 'from step 299 on'),
+    (1, '1', 'never'),
+  ],
+)
 def test_the_slowest_average_counts(momentum, slowest, until):
   """Thresholds have a momentum of their own; tdBN's is 0.9."""
   line = complaints(step=10, momentum=momentum)['lag']
   assert f'(momentum {slowest}; less than 5% {until})' in line
-  assert ('a lower config.neuron.momentum' in line) == (momentum > 0.9)
+  assert ('a lower config.neuron.momentum' in line) == ((momentum or 0) > 0.9)
 
 
 def test_one_answer_for_all():
@@ -90,3 +94,22 @@ def test_a_loss_that_is_not_finite_is_all_that_is_said():
     'loss': 'the loss is nan: the weights, the running averages or the data '
     'are not finite'
   }
+
+
+def test_a_subject_is_warned_of_once(caplog):
+  warned = set()
+  with caplog.at_level('WARNING'):
+    for step, layers in (
+      (20, {'conv0': layer(0.0)}),
+      (25, {'conv0': layer(0.0)}),
+      (30, {'conv0': layer(0.0), 'conv1': layer(0.0)}),
+      (35, {'conv0': layer(0.0), 'conv1': layer(0.0)}),
+    ):
+      health.warn({'layers': layers}, step, 0.9, warned)
+  assert [message.split(':')[:2] for message in caplog.messages] == [
+    ['step 20', ' after 20 steps the running thresholds and statistics still '
+     'hold 12% of what they started from (momentum 0.9; less than 5% from step '
+     '29 on)'],
+    ['step 20', ' conv0'],
+    ['step 30', ' conv0, conv1'],
+  ]  # fmt: skip

@@ -138,7 +138,9 @@ def evaluate(
     predictions_lib.write(predictions, arrays)
   else:
     scores = step_lib.evaluate(run_eval, variables, next(batches))
-  warnings = health.complaints(scores, info['step'], config.neuron.momentum)
+  warnings = health.complaints(
+    scores, info['step'], config.neuron.get('momentum')
+  )
   found = {
     'checkpoint': checkpoint,
     'step': info['step'],

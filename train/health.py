@@ -9,6 +9,7 @@ the deeper the less, and fall silent.
 import math
 
 import numpy as np
+from absl import logging
 
 from dsatgo_jax import linen
 
@@ -41,20 +42,29 @@ DEAD = (
 )
 
 
-def complaints(scores, step, momentum):
+def warn(scores, step, momentum, warned):
+  """Logs `complaints`, and a subject of `warned`, a set, no second time."""
+  for subject, sentence in complaints(scores, step, momentum).items():
+    if subject not in warned:
+      logging.warning('step %d: %s', step, sentence)
+      warned.add(subject)
+
+
+def complaints(scores, step, momentum=None):
   """Says what an evaluation suffers from, in sentences.
 
   Args:
-    scores: of `step.average`; a run may be older than its `confusion`.
+    scores: of `step.average`; its `layers` suffice.
     step: how many updates the running averages had; 0 for not known, as of a
       converted checkpoint.
-    momentum: of the running thresholds, `config.neuron.momentum`.
+    momentum: of the running thresholds, `config.neuron.momentum`; None for
+      the neuron's default.
 
   Returns:
     `{subject: sentence}`, a subject being the same as long as what it is about
     is: whoever evaluates every epoch can say it once. Empty if all is well.
   """
-  if not math.isfinite(scores['loss']):
+  if not math.isfinite(scores.get('loss', 0)):
     return {
       'loss': f'the loss is {scores["loss"]}: the weights, the running '
       'averages or the data are not finite'
@@ -74,6 +84,8 @@ def complaints(scores, step, momentum):
 
 def lag(step, momentum):
   """Says how much running averages hold of their start, if it is too much."""
+  if momentum is None:
+    momentum = linen.SpikingNeuron.momentum
   slowest = max(momentum, linen.TdBatchNorm.momentum)
   share = slowest**step
   if share <= STALE:

@@ -117,7 +117,7 @@ def told(result, config):
     yield 'The run is not finished.'
     return
   yield headline(result)
-  momentum = config['neuron']['momentum']
+  momentum = config['neuron'].get('momentum')
   for line in health.complaints(result, result['step'], momentum).values():
     yield f'Warning: {line}.'
 
