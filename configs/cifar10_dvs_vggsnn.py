@@ -68,6 +68,7 @@ def get_config():
   config.num_epochs = 150  # MPD-AGL's.
   config.loss = 'tet'  # Lambda 1e-3, mean 1.0; published.
   config.label_smoothing = 0.0
+  config.class_weights = placeholder(tuple)  # In the loss; None: 1 each.
   config.optimizer = 'sgd'  # Or 'adamw'.
   config.learning_rate = 0.1  # MPD-AGL's; cosine to 0.
   config.momentum = 0.9  # MPD-AGL's.

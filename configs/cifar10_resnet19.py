@@ -66,6 +66,7 @@ def get_config():
   config.num_epochs = 400  # Published.
   config.loss = 'cross_entropy'  # Of the mean logits; or 'tet'.
   config.label_smoothing = 0.1  # Published.
+  config.class_weights = placeholder(tuple)  # In the loss; None: 1 each.
   config.optimizer = 'sgd'  # Or 'adamw'.
   config.learning_rate = 0.1  # Published; cosine to 0.
   config.momentum = 0.9  # Published.

@@ -58,6 +58,7 @@ def get_config():
   config.num_epochs = 20
   config.loss = 'cross_entropy'  # Or 'tet'.
   config.label_smoothing = 0.1
+  config.class_weights = placeholder(tuple)  # In the loss; None: 1 each.
   config.optimizer = 'sgd'  # Or 'adamw'.
   config.learning_rate = 0.1
   config.momentum = 0.9

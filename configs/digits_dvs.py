@@ -60,6 +60,7 @@ def get_config():
   config.num_epochs = 12
   config.loss = 'tet'  # Or 'cross_entropy', of the mean logits.
   config.label_smoothing = 0.0
+  config.class_weights = placeholder(tuple)  # In the loss; None: 1 each.
   config.optimizer = 'sgd'  # Or 'adamw'.
   config.learning_rate = 0.1
   config.momentum = 0.9

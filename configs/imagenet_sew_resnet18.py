@@ -70,6 +70,7 @@ def get_config():
   config.num_epochs = 320  # SEW-ResNet's.
   config.loss = 'cross_entropy'  # Of the mean logits; published.
   config.label_smoothing = 0.0
+  config.class_weights = placeholder(tuple)  # In the loss; None: 1 each.
   config.optimizer = 'sgd'  # Or 'adamw'.
   config.learning_rate = 0.1  # SEW-ResNet's; cosine to 0.
   config.momentum = 0.9  # SEW-ResNet's.

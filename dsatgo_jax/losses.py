@@ -2,7 +2,8 @@
 
 The first two give one value per example, so that examples can be left out of
 the mean. A mask [T, B] leaves timesteps out: the padding behind a short
-recording.
+recording. Class weights [K] make classes count more or less; with those of
+`normalized_weights` the plain mean over a batch is PyTorch's weighted mean.
 
 The regularisers give one number, the mean over the layers that they are given
 as an array or a tree of them, such as a dict by name. They are added with a
@@ -20,6 +21,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
 
 from dsatgo_jax import dtypes
 
@@ -46,14 +49,20 @@ def cross_entropy(
   labels: jax.Array,
   label_smoothing: float = 0.0,
   *,
+  class_weights: ArrayLike | None = None,
   mask: jax.Array | None = None,
 ) -> jax.Array:
   """Cross-entropy of the mean logits [eq 8].
+
+  `-sum_k target_k * class_weights_k * log p_k`, each class of the smoothed
+  target by its own weight, as PyTorch's
+  `CrossEntropyLoss(weight, label_smoothing, reduction='none')`.
 
   Args:
     logits: [T, B, K].
     labels: class indices, [B].
     label_smoothing: the share of the target spread evenly over all classes.
+    class_weights: [K], how much a class counts; None for 1 each.
     mask: [T, B], whether a timestep counts; None for all. The loss of an
       example without any is 0.
 
@@ -62,9 +71,11 @@ def cross_entropy(
 
   Raises:
     ValueError: logits are not [T, B, K], labels not [B], the mask not [T, B],
-      or the smoothing is not within [0, 1].
+      the weights not [K], or the smoothing is not within [0, 1].
   """
-  loss = _cross_entropy(prediction(logits, mask), labels, label_smoothing)
+  loss = _cross_entropy(
+    prediction(logits, mask), labels, label_smoothing, class_weights
+  )
   return loss if mask is None else jnp.where(jnp.any(mask, 0), loss, 0)
 
 
@@ -75,11 +86,13 @@ def tet(
   mean: float = 1.0,
   label_smoothing: float = 0.0,
   *,
+  class_weights: ArrayLike | None = None,
   mask: jax.Array | None = None,
 ) -> jax.Array:
   """Temporal efficient training (Deng et al., ICLR 2022).
 
-  `(1 - lam) * mean_t CE(logits[t], labels) + lam * MSE(logits, mean)`.
+  `(1 - lam) * mean_t CE(logits[t], labels) + lam * MSE(logits, mean)`. Class
+  weights are those of the cross-entropy; the regulariser knows no classes.
 
   Args:
     logits: [T, B, K].
@@ -87,6 +100,7 @@ def tet(
     lam: weight of the regulariser.
     mean: the value that the regulariser draws the logits to.
     label_smoothing: the share of the target spread evenly over all classes.
+    class_weights: [K], how much a class counts; None for 1 each.
     mask: [T, B], whether a timestep counts; None for all. The loss of an
       example without any is 0.
 
@@ -95,14 +109,40 @@ def tet(
 
   Raises:
     ValueError: logits are not [T, B, K], labels not [B], the mask not [T, B],
-      or the smoothing is not within [0, 1].
+      the weights not [K], or the smoothing is not within [0, 1].
   """
   logits = _checked(logits, mask)
-  entropy = jax.vmap(_cross_entropy, (0, None, None))(
-    logits, labels, label_smoothing
+  entropy = jax.vmap(_cross_entropy, (0, None, None, None))(
+    logits, labels, label_smoothing, class_weights
   )
   squares = jnp.mean((logits - mean) ** 2, axis=2)
   return _mean((1 - lam) * entropy + lam * squares, mask)
+
+
+def normalized_weights(
+  class_weights: ArrayLike, labels: jax.Array, axis_name=None
+) -> jax.Array:
+  """Class weights with a mean of 1 over the labels of a batch.
+
+  With them the mean over the batch is the weighted mean of PyTorch's
+  `CrossEntropyLoss(weight)`, which divides by the sum of the labels' weights:
+
+      weights = losses.normalized_weights(weights, labels)
+      loss = jnp.mean(
+        losses.cross_entropy(logits, labels, class_weights=weights)
+      )
+
+  Args:
+    class_weights: [K], positive.
+    labels: class indices, [B].
+    axis_name: mapped axis, or axes, over which the batch is spread.
+
+  Returns:
+    [K].
+  """
+  weights = _at_least_float32(class_weights)
+  mean = jnp.mean(weights[labels])
+  return weights / (lax.pmean(mean, axis_name) if axis_name else mean)
 
 
 def firing_rate(spikes: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -266,7 +306,7 @@ def _over(mask, x):
   return jnp.reshape(mask, (*mask.shape, *(1,) * (x.ndim - 2)))
 
 
-def _cross_entropy(logits, labels, label_smoothing):
+def _cross_entropy(logits, labels, label_smoothing, class_weights):
   if not 0 <= label_smoothing <= 1:
     raise ValueError(
       f'Expected 0 <= label_smoothing <= 1, got {label_smoothing=}.'
@@ -276,6 +316,14 @@ def _cross_entropy(logits, labels, label_smoothing):
       f'Expected labels of shape {logits.shape[:1]}, got {labels.shape=}.'
     )
   log_p = jax.nn.log_softmax(logits)
+  if class_weights is not None:
+    weights = jnp.asarray(class_weights, log_p.dtype)
+    if weights.shape != logits.shape[1:]:
+      raise ValueError(
+        f'Expected class_weights [K] of shape {logits.shape[1:]}, got '
+        f'{weights.shape}.'
+      )
+    log_p *= weights
   target = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
   smooth = jnp.mean(log_p, axis=-1)
   return -(1 - label_smoothing) * target - label_smoothing * smooth

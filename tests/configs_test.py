@@ -123,6 +123,7 @@ def test_every_field_is_there_and_can_be_set(name):
   for field in config:
     assert config.get_type(field) is other.get_type(field), field
   assert config.get_type('mean') is tuple
+  assert config.get_type('class_weights') is tuple
   settings.check(config)
 
 

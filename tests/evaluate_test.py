@@ -1,5 +1,6 @@
 """What an evaluation adds where asked: gradients and energy."""
 
+import json
 import pathlib
 import re
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import train
+from dsatgo_jax import losses
 from dsatgo_jax.analysis import energy
 from tests import tiny
 from train import checkpoints, evaluate, loop
@@ -117,50 +119,53 @@ def test_energy_is_counted_over_the_whole_split_without_padding(workdir):
     assert layers[name.removesuffix('/layer')] == told._asdict()
 
 
-def test_tables_of_gradients():
-  layers = {
-    'conv0': {'u': [3e-7, 4e-7]}, 'a/very/deep/layer': {'u': [None, 0.0]}
-  }  # fmt: skip
-  paths = 'spatial', 'leak', 'reset'
-  shares = {
-    'conv0': dict(zip(paths, (0.5, 0.4, 0.1), strict=True)),
-    'a/very/deep/layer': dict.fromkeys(paths),
-  }
-  lines = evaluate.flow_tables(
-    {'num_examples': 8, 'layers': layers, 'shares': shares}
+@pytest.mark.sample
+def test_predictions_are_those_of_the_network(workdir, tmp_path):
+  path = tmp_path / 'test.npz'
+  found = evaluate.evaluate(workdir, predictions=path)
+  assert found == evaluate.evaluate(workdir)
+  json.dumps(found, allow_nan=False)
+  model, variables, images, labels = restored(workdir)
+  logits = model.apply(variables, images).mean(0)
+  written = np.load(path)
+  np.testing.assert_array_equal(written['label'], labels)
+  np.testing.assert_allclose(written['logits'], logits, 1e-5, 1e-5)
+  right = written['predicted'] == labels
+  assert found['accuracy'] == pytest.approx(right.mean())
+  expected = [right[labels == label].mean() for label in range(3)]
+  assert found['class_accuracy'] == pytest.approx(expected)
+  assert np.trace(found['confusion']) == right.sum()
+  # 18 steps: the running averages still hold 0.9 ** 18 of their start.
+  assert 'hold 15% of what they started from' in found['warnings'][0]
+
+
+@pytest.mark.sample
+def test_a_run_with_class_weights_is_evaluated_with_them(workdir, tmp_path):
+  data_path = str(workdir / 'data.npz')
+  config = tiny.config(
+    data_path=data_path, num_epochs=1, class_weights=(0.5, 1, 4)
   )
-  assert list(lines) == [
-    'norm of dL/du, 8 examples       t=1       t=2       all',
-    'conv0                      3.00e-07  4.00e-07  5.00e-07',
-    'a/very/deep/layer               nan  0.00e+00       nan',
-    '',
-    'shares of the paths, %  spatial   leak  reset',
-    'conv0                     50.00  40.00  10.00',
-    'a/very/deep/layer             -      -      -',
-  ]
+  result = loop.train(config, tmp_path / 'run')
+  found = evaluate.evaluate(tmp_path / 'run', predictions=tmp_path / 'test.npz')
+  assert found['loss'] == result['loss']
+  written = np.load(tmp_path / 'test.npz')
+  weights = losses.normalized_weights((0.5, 1, 4), written['label'])
+  expected = losses.cross_entropy(
+    written['logits'][None], written['label'], 0.1, class_weights=weights
+  )
+  assert found['loss'] == pytest.approx(float(expected.mean()), rel=1e-5)
+  # The same, on a batch, is what gradients are of.
+  flow = evaluate.evaluate(tmp_path / 'run', flow=True)['flow']
+  chosen = np.array([0, 2, 5, 7, 10, 13, 15, 18])
+  logits, label = written['logits'][None, chosen], written['label'][chosen]
+  weights = losses.normalized_weights((0.5, 1, 4), label)
 
+  def mean(bias):
+    return losses.cross_entropy(
+      logits + bias, label, 0.1, class_weights=weights
+    ).mean()
 
-def test_table_of_energy():
-  layer = {
-    'kind': 'AC', 'rate': 0.25, 'operations': 1.5e6, 'energy': 1.35e6,
-    'relu_operations': 6e6, 'relu_energy': 27.6e6,
-  }  # fmt: skip
-  found = {
-    'layers': {'conv0': layer}, 'accumulates': 1.5e6,
-    'multiply_accumulates': 5e5, 'energy': 3.65e6, 'relu_operations': 6e6,
-    'relu_energy': 27.6e6,
-  }  # fmt: skip
-  *rows, last = evaluate.energy_table(found)
-  assert [row.split('  ')[0] for row in rows] == [
-    'operations, an example', 'conv0', 'total'
-  ]  # fmt: skip
-  assert rows[1].split() == [
-    'conv0', 'AC', '25.00', '1,500.0', '1,350.0', '6,000.0', '27,600.0'
-  ]  # fmt: skip
-  assert rows[2].split() == [
-    'total', '2,000.0', '3,650.0', '6,000.0', '27,600.0'
-  ]  # fmt: skip
-  assert last == (
-    '1,500,000 accumulates (AC) and 500,000 multiply-accumulates (MAC): '
-    '13.2% of the energy with ReLU'
+  slope = jax.grad(mean)(np.zeros(3, np.float32))
+  assert flow['gradient_norm']['classifier/bias'] == pytest.approx(
+    float(np.linalg.norm(slope)), rel=1e-4
   )

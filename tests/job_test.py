@@ -84,7 +84,7 @@ def test_a_run_prints_its_result_and_times_and_leaves_a_report(finished):
   for name in ('import', 'data', 'compile', 'train', 'evaluate', 'report'):
     assert f'{name} ' in last
   assert (workdir / 'report.html').stat().st_size > 10_000
-  assert len(list((workdir / 'plots').glob('*.png'))) == 8
+  assert len(list((workdir / 'plots').glob('*.png'))) == 9
   assert list((workdir / 'tensorboard').iterdir())
 
 
@@ -100,7 +100,7 @@ def test_evaluate_gives_the_result_again(finished):
   found = json.loads(run('evaluate', f'--workdir={workdir}', '--json')[0])
   assert found['step'] == result['step'] == 36
   assert found['num_examples'] == result['num_examples'] == 21
-  for name in ('accuracy', 'loss', 'layers'):
+  for name in ('accuracy', 'loss', 'layers', 'confusion'):
     assert found[name] == result[name]
   assert len(found['layers']['conv0']['firing_rate']) == 2
   assert len(found['layers']['conv1']['gradient_share']) == 2
@@ -199,17 +199,19 @@ def test_what_an_error_recommends_can_be_given(npz, tmp_path):
 def test_evaluate_prints_tables(finished):
   workdir, *_ = finished
   out, _ = run('evaluate', f'--workdir={workdir}', '--split=train')
-  lines = out.splitlines()
-  assert '96 train examples; latest checkpoint, step 36' in lines[0]
-  assert (
-    lines[2].split()[-3:] == lines[6].split()[-3:] == ['t=1', 't=2', 'mean']
-  )
-  for row in (3, 4, 7, 8):
-    name, *values = lines[row].split()
-    assert name == f'conv{(row + 1) % 4}'
-    first, second, mean = map(float, values)
-    assert 0 < first < 100
-    assert mean == pytest.approx((first + second) / 2, abs=0.011)
+  first, classes, *tables = out.split('\n\n')
+  assert '96 train examples; latest checkpoint, step 36' in first
+  counts = [int(line.split()[-2]) for line in classes.splitlines()[1:]]
+  assert len(counts) == 3 and sum(counts) == 96
+  assert len(tables) == 2
+  for table in tables:
+    title, *rows = table.splitlines()
+    assert title.split()[-3:] == ['t=1', 't=2', 'mean']
+    assert [row.split()[0] for row in rows] == ['conv0', 'conv1']
+    for row in rows:
+      first, second, mean = map(float, row.split()[1:])
+      assert 0 < first < 100
+      assert mean == pytest.approx((first + second) / 2, abs=0.011)
 
 
 @pytest.mark.sample
@@ -220,6 +222,7 @@ def test_evaluate_prints_gradients_and_energy_where_asked(finished):
   assert '21 test examples' in first
   titles = [table.split('  ')[0] for table in tables]
   assert titles == [
+    'class, taken for',
     'firing rate, %',
     'in the gradient window, %',
     'norm of dL/du, 8 examples',

@@ -104,6 +104,49 @@ def test_errors(loss):
       functools.partial(loss, label_smoothing=value)(logits, LABELS)
 
 
+# What PyTorch 2.13 gives in float64: `CrossEntropyLoss(weight,
+# label_smoothing)` of the mean logits, the same with reduction='none', and
+# `0.95 * mean_t(that of logits[t]) + 0.05 * MSELoss()(logits, 1)`.
+TORCH = {
+  0.0: (
+    2.829322279751862,
+    [0.3588679593333512, 13.396048867072745, 1.8063557122291465],
+    3.1038271288836685,
+  ),
+  0.1: (
+    2.704281392153356,
+    [0.5545660818222449, 12.55376288677297, 1.7652186882482421],
+    2.9778171600258454,
+  ),
+}
+
+
+@pytest.mark.parametrize('label_smoothing', TORCH)
+@jax.enable_x64(True)
+def test_class_weights_are_pytorchs(label_smoothing):
+  logits = jnp.array(
+    [
+      [[2, -1, 0.5], [0, 1, -2], [1, 1, 3]],
+      [[0, -3, 1.5], [4, 1, 0], [-1, 0, 1]],
+    ]
+  )
+  labels, weights = jnp.array([0, 2, 1]), np.array([0.5, 1.0, 4.0])
+  mean, each, tet = TORCH[label_smoothing]
+  given = logits, labels, label_smoothing
+  loss = losses.cross_entropy(*given, class_weights=weights)
+  np.testing.assert_allclose(loss, each, rtol=1e-12)
+  weights = losses.normalized_weights(weights, labels)
+  assert jnp.mean(weights[labels]) == pytest.approx(1)
+  loss = losses.cross_entropy(*given, class_weights=weights)
+  np.testing.assert_allclose(jnp.mean(loss), mean, rtol=1e-12)
+  loss = losses.tet(
+    logits, labels, 0.05, 1.0, label_smoothing, class_weights=weights
+  )
+  np.testing.assert_allclose(jnp.mean(loss), tet, rtol=1e-12)
+  with pytest.raises(ValueError, match=r'\[K\] of shape \(3,\), got \(2,\)'):
+    losses.cross_entropy(*given, class_weights=weights[:2])
+
+
 # Regularisers.
 
 

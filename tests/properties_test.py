@@ -282,6 +282,9 @@ FUNCTIONS = {
   'losses.prediction': losses.prediction,
   'losses.cross_entropy': lambda x: losses.cross_entropy(x, jnp.arange(4), 0.1),
   'losses.tet': lambda x: losses.tet(x, jnp.arange(4)),
+  'losses.normalized_weights': lambda x: losses.normalized_weights(
+    jnp.abs(x[0, 0]) + 1, jnp.arange(4)
+  ),
   'losses.firing_rate': losses.firing_rate,
   'losses.rate_target': lambda x: losses.rate_target({'a': x, 'b': x[0]}, 0.2),
   'losses.rate_bounds': lambda x: losses.rate_bounds(x, 0.4, 0.5),

@@ -70,7 +70,13 @@ def workdir(tmp_path):
       )
   metrics.write_json(
     tmp_path / 'config.json',
-    {'method': '<at>', 'model': 'Net', 'dataset': 'npz', 'seed': 12345},
+    {
+      'method': '<at>',
+      'model': 'Net',
+      'dataset': 'npz',
+      'seed': 12345,
+      'neuron': {'momentum': 0.9},
+    },
   )
   metrics.write_json(
     tmp_path / 'result.json',
@@ -82,6 +88,7 @@ def workdir(tmp_path):
       'best': {'step': 20, 'accuracy': 0.55},
       'selected_on': 'validation',
       'layers': layers_of(NAMES, 5, rng),
+      'confusion': [[30, 10, 0], [5, 19, 16], [0, 0, 0]],
     },
   )
   return tmp_path
@@ -91,7 +98,7 @@ def test_the_page_holds_the_plots_and_the_result(workdir):
   path = report.write(workdir)
   assert path == workdir / 'report.html'
   page = path.read_text()
-  names = [name for name, *_ in figures.FIGURES]
+  names = [name for name, *_ in (*figures.FIGURES, *figures.RESULT)]
   plots = {path.stem: path for path in (workdir / 'plots').glob('*.png')}
   assert set(plots) == set(names)
   images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -103,6 +110,33 @@ def test_the_page_holds_the_plots_and_the_result(workdir):
   assert not re.search(r'(src|href)="(?!data:)', page)
   assert 'Test accuracy 61.25%' in page and '12345' in page
   assert '<title>&lt;at&gt;, Net, npz</title>' in page
+  assert 'class, taken for   0   1   2  examples  right, %\n' in page
+  assert 'Warning' not in page
+
+
+def test_the_page_warns_and_takes_results_of_older_runs(workdir):
+  result = metrics.read_json(workdir / 'result.json')
+  del result['confusion']
+  for layer in NAMES[3:5]:
+    result['layers'][layer]['firing_rate'] = [0.0] * 5
+  metrics.write_json(workdir / 'result.json', result)
+  page = report.write(workdir).read_text()
+  assert '<br>Warning: block3/conv, block4/conv: at all 5 timesteps' in page
+  assert 'taken for' not in page
+
+
+def test_confusions_are_counted_and_coloured():
+  counts = np.array([[30, 10, 0], [5, 19, 16], [0, 0, 0]])
+  axes, _ = figures.confusion({'confusion': counts.tolist()}).axes
+  expected = [[75, 25, 0], [12.5, 47.5, 40], [0, 0, 0]]
+  np.testing.assert_allclose(axes.images[0].get_array(), expected)
+  texts = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
+  assert texts == {
+    at: str(count) for at, count in np.ndenumerate(counts) if count
+  }
+  assert axes.get_xlabel() == 'taken for' and axes.get_ylabel() == 'class'
+  many = figures.confusion({'confusion': np.eye(100).tolist()}).axes[0]
+  assert not many.texts
 
 
 def test_a_run_that_goes_on_can_be_drawn(workdir):
@@ -199,7 +233,8 @@ def test_watched_steps_are_drawn_beside_the_rest(workdir):
   rng = np.random.default_rng(0)
   watch(workdir, *(watched_of(NAMES, 5, rng) for _ in range(2)))
   page = report.write(workdir).read_text()
-  names = [name for name, *_ in (*figures.FIGURES, *figures.WATCHED)]
+  kinds = figures.FIGURES, figures.RESULT, figures.WATCHED
+  names = [name for kind in kinds for name, *_ in kind]
   assert {path.stem for path in (workdir / 'plots').glob('*.png')} == set(names)
   assert page.count('src="data:image/png') == len(names)
   assert 'the last one watched was that of step 20' in page

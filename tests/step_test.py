@@ -162,13 +162,16 @@ def double(**fields):
 
 
 @pytest.mark.parametrize(
-  'method',
-  ['ds_atgo', pytest.param('learnable_threshold', marks=pytest.mark.sample)],
+  'method, class_weights',
+  [
+    ('ds_atgo', None),
+    pytest.param('learnable_threshold', (0.5, 1, 4), marks=pytest.mark.sample),
+  ],
 )
-def test_four_devices_do_what_one_does(method):
+def test_four_devices_do_what_one_does(method, class_weights):
   assert jax.local_device_count() == 4
   with jax.enable_x64(True):
-    config = double(method=method)
+    config = double(method=method, class_weights=class_weights)
     first, run_step = step_lib.create_train_step(config, FACTS, 10)
     alone = jax.pmap(
       # The mapped function itself, on one device.
@@ -243,6 +246,9 @@ def test_evaluation_is_the_mean_over_the_examples(frames):
   # With label smoothing, as in training.
   loss = -(0.9 * picked + 0.1 * log_p.mean(-1)).mean()
   assert found['num_examples'] == 21
+  expected = np.zeros((3, 3), int)
+  np.add.at(expected, (labels, log_p.argmax(-1)), 1)
+  assert found['confusion'] == expected.tolist()
   assert found['accuracy'] == pytest.approx(
     np.mean(log_p.argmax(-1) == labels), rel=1e-6
   )

@@ -1,6 +1,11 @@
-"""Evaluates a checkpoint: accuracy, and the activity of every layer.
+"""Evaluates a checkpoint: accuracy, confusions, and the activity of layers.
 
   python -m train.evaluate --workdir=runs/digits
+
+Warns of layers that are dead, and of running averages that lag.
+
+`--predictions=test.npz` keeps `label` and `predicted` [N] and `logits` [N, K],
+their mean over time, of the examples in their order.
 
 `--flow` adds how gradients reach the layers, on a batch of the split.
 `--energy` adds what an example takes, at 0.9 pJ for an accumulate and 4.6 pJ
@@ -13,7 +18,18 @@ import jax
 import numpy as np
 from absl import flags
 
-from train import augment, checkpoints, command, data, metrics, settings, watch
+from train import (
+  augment,
+  checkpoints,
+  command,
+  data,
+  health,
+  metrics,
+  settings,
+  tables,
+  watch,
+)
+from train import predictions as predictions_lib
 from train import step as step_lib
 from train.datasets import npz, sources
 
@@ -39,6 +55,9 @@ FLOW = flags.DEFINE_bool(
 ENERGY = flags.DEFINE_bool(
   'energy', False, 'Synaptic operations and energy of each layer, too.'
 )
+PREDICTIONS = flags.DEFINE_string(
+  'predictions', None, 'An .npz file to write: what is said of each example.'
+)
 flags.declare_key_flag('json')
 
 
@@ -50,8 +69,9 @@ def evaluate(
   flow=False,
   energy=False,
   num_steps=None,
+  predictions=None,
 ):
-  """Returns loss, accuracy and activity of a checkpoint on a split.
+  """Returns loss, accuracy, confusions and activity of a checkpoint on a split.
 
   Args:
     workdir: of the run.
@@ -61,10 +81,19 @@ def evaluate(
     flow: whether to add `gradient_flow` as 'flow'.
     energy: whether to add `energy_per_example` as 'energy'.
     num_steps: another T than the run's; None for that.
+    predictions: an `.npz` file to write, see `predictions.evaluate`; or None.
+
+  Returns:
+    A dict for JSON: what `step.average` returns of the split; `class_accuracy`,
+    [K], None for a class without examples; the sentences of `health.complaints`
+    as 'warnings'; what was evaluated; and what was asked for.
 
   Raises:
-    ValueError: no such checkpoint or split, or data that do not fit it.
+    ValueError: no such checkpoint or split, data that do not fit it, or a file
+      that can't be written.
   """
+  if predictions:
+    predictions_lib.check(predictions)
   state, info = checkpoints.expect(workdir, checkpoint)
   config, facts = settings.trained(info), info['data']
   if num_steps:
@@ -99,16 +128,29 @@ def evaluate(
       raise ValueError(f'expected data with {name} {expected}, got {got}')
   variables = {name: state[name] for name in ('params', 'batch_stats')}
   batches = data.eval_batches([source], config, batch_size=config.batch_size)
+  run_eval = step_lib.compiled(
+    step_lib.create_eval_step(config, facts, each=bool(predictions))
+  )
+  if predictions:
+    scores, arrays = predictions_lib.evaluate(
+      run_eval, variables, next(batches)
+    )
+    predictions_lib.write(predictions, arrays)
+  else:
+    scores = step_lib.evaluate(run_eval, variables, next(batches))
+  warnings = health.complaints(
+    scores, info['step'], config.neuron.get('momentum')
+  )
   found = {
     'checkpoint': checkpoint,
     'step': info['step'],
     'split': split,
     'selected_on': info['best'] and config.select_on,
-    **step_lib.evaluate(
-      step_lib.compiled(step_lib.create_eval_step(config, facts)),
-      variables,
-      next(batches),
+    **scores,
+    'class_accuracy': metrics.numbers(
+      tables.class_accuracy(scores['confusion'])
     ),
+    'warnings': list(warnings.values()),
   }
   if flow:
     found['flow'] = gradient_flow(config, facts, variables, source)
@@ -166,88 +208,6 @@ def energy_per_example(config, facts, variables, source):
   return found._asdict() | {'layers': layers}
 
 
-def table(title, columns, rows):
-  """Returns the lines of a table: `{row: cells}`, cells as they are printed."""
-  wide = max(map(len, [title, *rows]))
-  sizes = [
-    max(map(len, cells)) for cells in zip(columns, *rows.values(), strict=True)
-  ]
-  return [
-    f'{name:{wide}}'
-    + ''.join(
-      f'  {cell:>{size}}' for cell, size in zip(cells, sizes, strict=True)
-    )
-    for name, cells in {title: columns, **rows}.items()
-  ]
-
-
-def over_time(title, layers, form, last, summarise):
-  """Returns the lines of a table: a row a layer, a column a timestep.
-
-  Args:
-    title: what is told.
-    layers: `{layer: numbers}`, one a timestep.
-    form: of a number.
-    last: the name of the last column.
-    summarise: what makes that one of a layer's numbers.
-  """
-  num_steps = len(next(iter(layers.values())))
-  columns = [f't={t}' for t in range(1, num_steps + 1)] + [last]
-  rows = {
-    layer: [form.format(x) for x in [*values, summarise(values)]]
-    for layer, values in layers.items()
-  }
-  return table(title, columns, rows)
-
-
-def flow_tables(found):
-  """Yields the lines of the tables of `gradient_flow`."""
-  yield from over_time(
-    f'norm of dL/du, {found["num_examples"]} examples',
-    {
-      name: np.array(told['u'], float) for name, told in found['layers'].items()
-    },
-    '{:.2e}',
-    'all',
-    metrics.norm,
-  )
-  yield ''
-  rows = {
-    layer: ['-' if x is None else f'{100 * x:.2f}' for x in shares.values()]
-    for layer, shares in found['shares'].items()
-  }
-  yield from table(
-    'shares of the paths, %', next(iter(found['shares'].values())), rows
-  )
-
-
-def energy_table(found):
-  """Yields the lines of the table of `energy_per_example`."""
-  names = 'operations', 'energy', 'relu_operations', 'relu_energy'
-
-  def cells(row, kind='', rate=''):
-    return [kind, rate, *(f'{row[name] / 1e3:,.1f}' for name in names)]
-
-  rows = {
-    layer: cells(row, row['kind'], f'{100 * row["rate"]:.2f}')
-    for layer, row in found['layers'].items()
-  }
-  accumulates, multiply_accumulates = (
-    found[name] for name in ('accumulates', 'multiply_accumulates')
-  )
-  whole = found | {'operations': accumulates + multiply_accumulates}
-  yield from table(
-    'operations, an example',
-    ['kind', 'input, %', 'thousand', 'nJ', 'ReLU, thousand', 'ReLU, nJ'],
-    rows | {'total': cells(whole)},
-  )
-  share = found['energy'] / found['relu_energy']
-  yield (
-    f'{accumulates:,.0f} accumulates (AC) and {multiply_accumulates:,.0f} '
-    f'multiply-accumulates (MAC): {share:.1%} of the energy with ReLU'
-  )
-
-
 def main():
   """Prints the evaluation, for people or as JSON."""
   command.keep_compiled()
@@ -259,6 +219,7 @@ def main():
     FLOW.value,
     ENERGY.value,
     NUM_STEPS.value,
+    PREDICTIONS.value,
   )
   if command.JSON.value:
     print(json.dumps(found))
@@ -270,20 +231,14 @@ def main():
     f'{found["checkpoint"]} checkpoint, step {found["step"]}'
     + (chosen if found['checkpoint'] == 'best' else '')
   )
-  for title, name in (
-    ('firing rate, %', 'firing_rate'),
-    ('in the gradient window, %', 'gradient_share'),
-  ):
-    layers = {
-      layer: 100 * np.array(told[name])
-      for layer, told in found['layers'].items()
-    }
-    lines = over_time(title, layers, '{:.2f}', 'mean', np.mean)
-    print('', *lines, sep='\n')
+  for line in found['warnings']:
+    print(f'warning: {line}')
+  print('', *tables.class_tables(found['confusion']), sep='\n')
+  print(*tables.activity_tables(found['layers']), sep='\n')
   if 'flow' in found:
-    print('', *flow_tables(found['flow']), sep='\n')
+    print('', *tables.flow_tables(found['flow']), sep='\n')
   if 'energy' in found:
-    print('', *energy_table(found['energy']), sep='\n')
+    print('', *tables.energy_table(found['energy']), sep='\n')
 
 
 if __name__ == '__main__':

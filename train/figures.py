@@ -1,6 +1,7 @@
 """The figures of a run; `train.report` makes files of them.
 
-Those of `FIGURES` draw the lines of epochs, `WATCHED` those of watched steps.
+Those of `FIGURES` draw the lines of epochs, `RESULT` the result, and `WATCHED`
+the lines of watched steps.
 """
 
 import math
@@ -11,7 +12,7 @@ from matplotlib import cm, colors
 from matplotlib.figure import Figure
 
 from dsatgo_jax import statistics
-from train import metrics
+from train import metrics, tables
 
 STYLE = {
   'axes.grid': True,
@@ -93,6 +94,30 @@ def heatmaps(layers, names, scale):
     axis.set_yticks(range(len(layers)), layers)
     axis.grid(False)
     figure.colorbar(image, ax=axis)
+  return figure
+
+
+def confusion(result):
+  """Which classes were taken for which, coloured by the share of a class."""
+  counts = np.array(result['confusion'])
+  shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+  size = len(counts)
+  figure = Figure(figsize=(6.4, 5.4))
+  axes = figure.subplots()
+  image = axes.imshow(shares, cmap='viridis', vmin=0, vmax=100)
+  if size <= tables.FEW:
+    for (row, column), count in np.ndenumerate(counts):
+      if count:
+        axes.text(
+          column, row, str(count),
+          color='white' if shares[row, column] <= 50 else 'black',
+          fontsize=8 if size <= 10 else 6, ha='center', va='center',
+        )  # fmt: skip
+    axes.set_xticks(range(size))
+    axes.set_yticks(range(size))
+  axes.set(xlabel='taken for', ylabel='class')
+  axes.grid(False)
+  figure.colorbar(image, ax=axes, label='of the class, %')
   return figure
 
 
@@ -296,6 +321,9 @@ FIGURES = (
     over_training(('theta', 'width'), 1),
   ),
 )
+
+
+RESULT = (('confusion', 'Which classes are taken for which', confusion),)
 
 
 WATCHED = (

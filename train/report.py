@@ -13,7 +13,7 @@ import pathlib
 
 import matplotlib
 
-from train import command, figures, metrics
+from train import command, figures, health, metrics, tables
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -30,7 +30,7 @@ the split that is evaluated after every epoch (on a training batch where there
 is none), the mean over the timesteps.</p>
 {figures}
 <h2>Settings</h2>
-<pre>{settings}</pre>
+{settings}
 </html>
 """
 
@@ -86,6 +86,12 @@ def write(workdir):
       embed(workdir, name, caption, draw(epochs, result))
       for name, caption, draw in figures.FIGURES
     ]
+    if result and 'confusion' in result:  # The run may be older than it.
+      parts += [
+        embed(workdir, name, caption, draw(result))
+        for name, caption, draw in figures.RESULT
+      ]
+      parts.append(preformatted(tables.class_tables(result['confusion'])))
     if watched:
       parts += [WATCHED.format(step=watched[-1]['step'])] + [
         embed(workdir, name, caption, draw(watched))
@@ -95,14 +101,30 @@ def write(workdir):
     title=html.escape(
       f'{config["method"]}, {config["model"]}, {config["dataset"]}'
     ),
-    headline=headline(result) if result else 'The run is not finished.',
+    headline='<br>'.join(map(html.escape, told(result, config))),
     split='test split' if result else 'split of the curves over training',
     figures='\n'.join(parts),
-    settings=html.escape(json.dumps(config, indent=2)),
+    settings=preformatted([json.dumps(config, indent=2)]),
   )
   path = workdir / 'report.html'
   path.write_text(page)
   return path
+
+
+def told(result, config):
+  """Yields what the page says first: the headline, and what is wrong."""
+  if not result:
+    yield 'The run is not finished.'
+    return
+  yield headline(result)
+  momentum = config['neuron'].get('momentum')
+  for line in health.complaints(result, result['step'], momentum).values():
+    yield f'Warning: {line}.'
+
+
+def preformatted(lines):
+  """Lines of text as they are, as HTML."""
+  return f'<pre>{html.escape(chr(10).join(lines))}</pre>'
 
 
 def embed(workdir, name, caption, figure):

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsatgo_jax import losses, models
-from train import data
+from train import criterion, data
 
 AXIS = 'batch'
 # XLA's own convolutions are faster; see benchmarks/README.md.
@@ -205,10 +205,23 @@ def train_step(
   return state, measured
 
 
-def eval_step(variables, batch, *, model, loss, mean, std):
+def eval_step(
+  variables, batch, *, model, loss, mean, std, class_weights=None, each=False
+):
   """Returns sums over the examples of a batch that are not padding.
 
   Example by example, so that what the layers measured can be masked as well.
+
+  Args:
+    variables: params and batch_stats.
+    batch: each device's part, with a mask.
+    model: without an axis.
+    loss: a function of `dsatgo_jax.losses`, its settings given.
+    mean: of the data.
+    std: of the data.
+    class_weights: [K], or None.
+    each: whether to return `(sums, {'logits', 'label', 'mask'})`, the latter of
+      each example of the whole batch, padding too; [B, K] of the prediction.
   """
 
   def measure(image, label):
@@ -218,18 +231,33 @@ def eval_step(variables, batch, *, model, loss, mean, std):
       train=False,
       mutable=['spiking'],
     )
-    return {
+    told = {
       'num_examples': jnp.ones(()),
-      'loss': loss(logits, label[None])[0],
+      'loss': loss(logits, label[None], class_weights=class_weights)[0],
       'accuracy': (predicted(logits)[0] == label).astype(jnp.float32),
       'layers': by_layer(sown['spiking']),
     }
+    if class_weights is not None:
+      told['weight'] = jnp.asarray(class_weights)[label]
+      # TET's regulariser, which has a mean of its own.
+      none = jnp.zeros(len(class_weights))
+      told['unweighted'] = loss(logits, label[None], class_weights=none)[0]
+    return told, losses.prediction(logits)[0]
 
-  measured = jax.vmap(measure)(batch['image'], batch['label'])
+  measured, logits = jax.vmap(measure)(batch['image'], batch['label'])
   sums = jax.tree.map(
     lambda x: jnp.tensordot(batch['mask'].astype(x.dtype), x, 1), measured
   )
-  return jax.lax.psum(sums, AXIS)
+  sums['confusion'] = (
+    jnp.zeros((logits.shape[-1],) * 2, jnp.int32)
+    .at[batch['label'], jnp.argmax(logits, -1)]
+    .add(batch['mask'].astype(jnp.int32))
+  )
+  sums = jax.lax.psum(sums, AXIS)
+  if not each:
+    return sums
+  told = {'logits': logits, 'label': batch['label'], 'mask': batch['mask']}
+  return sums, jax.lax.all_gather(told, AXIS, tiled=True)
 
 
 def replicated():
@@ -285,21 +313,25 @@ def variables(state):
 
 
 def objective(config, facts):
-  """What both steps are told of the loss and the data."""
-  loss = functools.partial(
-    getattr(losses, config.loss), label_smoothing=config.label_smoothing
-  )
+  """What a step is told of the loss and the data."""
+  loss = criterion.of_batch(config, facts['num_classes'], AXIS)
   mean, std = np.float32(facts['mean']), np.float32(facts['std'])
   return {'loss': loss, 'mean': mean, 'std': std}
 
 
-def create_eval_step(config, facts):
-  """Returns `eval_step` of `(variables, batch)`, over all local devices."""
+def create_eval_step(config, facts, each=False):
+  """Returns `eval_step` of `(variables, batch)`, over all local devices.
+
+  With class weights the loss of an evaluation is weighted as in training: by
+  `average`, over all of its examples. Accuracies never are.
+  """
   # No axis: examples are independent, and measured one by one.
   model = create_model(config, facts['num_classes'])
-  return pmapped(
-    functools.partial(eval_step, model=model, **objective(config, facts))
-  )
+  told = objective(config, facts) | {
+    'loss': criterion.of_example(config),
+    'class_weights': criterion.class_weights(config, facts['num_classes']),
+  }
+  return pmapped(functools.partial(eval_step, model=model, each=each, **told))
 
 
 def create_train_step(config, facts, steps_per_epoch, devices=None):
@@ -325,18 +357,24 @@ def evaluate(run_eval, variables, batches):
 
 
 def average(results):
-  """Turns sums over examples into means; reads each one step late."""
+  """Turns sums over examples into means; reads each one step late.
+
+  Returns:
+    `num_examples`, `loss`, `accuracy`, `layers`, and `confusion`, how many
+    examples of each class (rows) were taken for each class (columns).
+  """
   sums, pending = None, None
   for result in itertools.chain(results, [None]):
     if pending is not None:
       ready = jax.device_get(pending)
       sums = ready if sums is None else jax.tree.map(np.add, sums, ready)
     pending = result
-  count = sums.pop('num_examples').item()
-  return {
-    'num_examples': int(count),
-    **jax.tree.map(lambda x: (x / count).tolist(), sums),
-  }
+  count, confusion = sums.pop('num_examples').item(), sums.pop('confusion')
+  means = jax.tree.map(lambda x: (x / count).tolist(), sums)
+  if 'weight' in means:
+    weight, rest = means.pop('weight'), means.pop('unweighted')
+    means['loss'] = (means['loss'] - rest) / weight + rest
+  return {'num_examples': int(count), **means, 'confusion': confusion.tolist()}
 
 
 def unmasked(batch):
