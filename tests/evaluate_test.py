@@ -64,7 +64,7 @@ def test_any_state_that_is_kept_can_be_loaded(workdir):
     chex.assert_trees_all_equal(variables['params'], expected['params'])
     assert config.num_classes == model.num_classes == 3
   with pytest.raises(
-    ValueError, match=r"'latest', 'best' or .*18\), got 'old'"
+    ValueError, match=r"'latest', 'best', .* or .*18\), got 'old'"
   ):
     train.load(workdir, 'old')
   with pytest.raises(ValueError, match=r'or a step .*18\), got 7'):

@@ -8,7 +8,7 @@ import time
 import jax
 from absl import logging
 
-from train import checkpoints, metrics
+from train import checkpoints, health, metrics
 from train import step as step_lib
 
 
@@ -99,6 +99,8 @@ class Journal(contextlib.ExitStack):
         self.best = {'step': step, 'accuracy': scores['accuracy']}
     if self.workdir:
       warn_of_thresholds(line['layers'], step, self.warned)
+      momentum = self.config.neuron.get('momentum')
+      health.warn(scores, step, momentum, self.warned)
       self.write(line)
       if images := (step - self.since[0]) * self.config.batch_size:
         rate = images / (seconds - self.since[1])

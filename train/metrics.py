@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -200,7 +201,10 @@ def read_json(path):
 
 def write_json(path, tree):
   """Writes a file of nested dicts and lists, whole or not at all."""
-  replace(path, json.dumps(tree, indent=2) + '\n')
+  text = json.dumps(tree, indent=2)
+  # A list of numbers is a line: matrices stay readable, and small.
+  text = re.sub(r'\[[^][{}]*\]', lambda m: re.sub(r'\n *', ' ', m[0]), text)
+  replace(path, text + '\n')
 
 
 def replace(path, text):

@@ -23,9 +23,9 @@ NOT_NEGATIVE = (
   'skip_nonfinite',
 )  # fmt: skip
 OTHERS = (
-  'augment', 'data_dir', 'data_path', 'dataset', 'init_from', 'mean', 'method',
-  'model', 'model_args', 'neuron', 'normalize', 'num_classes', 'profile', 'std',
-  'validation_fraction', 'warmup_epochs',
+  'augment', 'class_weights', 'data_dir', 'data_path', 'dataset', 'init_from',
+  'mean', 'method', 'model', 'model_args', 'neuron', 'normalize',
+  'num_classes', 'profile', 'std', 'validation_fraction', 'warmup_epochs',
 )  # fmt: skip
 # What may differ when a run is resumed; anything else would be another run.
 FREE = (
@@ -36,6 +36,7 @@ FREE = (
 )  # fmt: skip
 # How runs went that are older than a field.
 BEFORE = {
+  'config.class_weights': None,
   'config.hang_minutes': 0,
   'config.init_from': '',
   'config.neuron.surrogate': 'rectangular',
@@ -99,7 +100,7 @@ def trained(info):
   """
   fields = {name.removeprefix('config.'): x for name, x in BEFORE.items()}
   fields.pop('neuron.surrogate')  # The neuron's own default.
-  config = ConfigDict({**fields, **info['config']})
+  config = ConfigDict(fields | info['config'])
   facts = info['data']
   config.update({name: facts[name] for name in ('num_classes', 'mean', 'std')})
   return config
@@ -127,10 +128,13 @@ def check_unchanged(info, key, value, otherwise='another workdir', free=FREE):
     otherwise: what another run, or other data, would take.
     free: what may differ.
   """
-  expected, got = _flat(key, {**value, **info.get(key, {})}), _flat(key, value)
+  told = info.get(key, {})
+  expected, got = _flat(key, value | told), _flat(key, value)
+  for name in got.keys() & BEFORE.keys() if told else ():
+    expected[name] = _flat(key, told).get(name, BEFORE[name])
   changes = {}
   for name in expected | got:
-    before, now = (t.get(name, BEFORE.get(name)) for t in (expected, got))
+    before, now = (t.get(name) for t in (expected, got))
     if name not in free and before != now:
       changes[name] = f'expected {before!r}, got {now!r}'
   if not changes:
