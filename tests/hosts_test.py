@@ -17,7 +17,12 @@ from tests import tiny
 from tests.job_test import TINY, run, start
 from train import checkpoints, metrics
 
-FLAGS = (*TINY, '--config.num_workers=1', '--config.dtype=float64')
+FLAGS = (
+  *TINY,
+  '--config.num_workers=1',
+  '--config.dtype=float64',
+  "--config.model_args={'stages': ((4,), (4,)), 'param_dtype': 'float64'}",
+)
 
 
 @pytest.fixture(scope='module')
@@ -73,14 +78,14 @@ def assert_same(workdir, alone):
   """The run is that of one process with as many devices."""
   (state, info), (expected, told) = map(checkpoints.restore, (workdir, alone))
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, 1e-7, 1e-10), state, expected
+    lambda a, b: np.testing.assert_allclose(a, b, 1e-9, 1e-12), state, expected
   )
   assert info['data'] == told['data']
   lines, others = map(metrics.read, (workdir, alone))
   assert [line['step'] for line in lines] == [line['step'] for line in others]
   for line, other in zip(lines, others, strict=True):
     if 'loss' in line:
-      assert line['loss'] == pytest.approx(other['loss'], rel=1e-7)
+      assert line['loss'] == pytest.approx(other['loss'], rel=1e-9)
 
 
 @pytest.mark.sample
