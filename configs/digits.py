@@ -69,10 +69,10 @@ def get_config():
   config.select_on = 'validation'
   config.log_every = 10
   config.watch_every = 20  # Steps; see train/watch.py. 0: never.
-  config.save_every_minutes = 10  # And after every epoch. 0: then only.
+  config.save_every_minutes = 10.0  # And after every epoch. 0: then only.
   config.skip_nonfinite = (
     0  # Steps that may be left out, their loss not finite.
   )
-  config.hang_minutes = 30  # Without a step the run ends. 0: it waits.
+  config.hang_minutes = 30.0  # Without a step the run ends. 0: it waits.
   config.profile = False
   return config
