@@ -39,7 +39,9 @@ class Journal(contextlib.ExitStack):
     self.bar = self.enter_context(metrics.progress(config, num_steps, start))
     self.saved, self.saved_at = None, time.monotonic()
     if workdir:
-      self.write = self.enter_context(metrics.writer(workdir, start))
+      self.write = self.enter_context(
+        metrics.writer(workdir, start, evaluated=not info.get('line'))
+      )
       metrics.write_json(workdir / 'config.json', config.to_dict())
       self.managers = {
         which: self.enter_context(checkpoints.manager(workdir, which))
