@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import zlib
 
 import jax
@@ -24,9 +25,14 @@ from flax import serialization, traverse_util
 KEPT = {'latest': 2, 'best': 1, 'nonfinite': 1}
 UNTIL = '.until.'  # `12.until.12` is kept until there is a new 12.
 
-# Orbax logs the stack of every thread that an error passes; it is raised, too.
+# An error of Orbax is raised; it also logs the stack of each thread that it
+# passes, and what its other reads and writes then find closed goes to stderr.
 logging.get_absl_logger().addFilter(
   lambda record: not (record.exc_info and '/orbax/' in record.pathname)
+)
+_unraisable = sys.unraisablehook
+sys.unraisablehook = lambda found: (
+  None if str(found.exc_value) == 'Event loop is closed' else _unraisable(found)
 )
 
 
