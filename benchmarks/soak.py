@@ -4,13 +4,13 @@
 
 `train.loop` itself on a tiny network, with an evaluation and a checkpoint after
 every epoch, more checkpoints by time, and a look inside at every 50th step,
-until a SIGTERM. Sixty times, after a step and a garbage collection, it reads of
-its own process: the resident memory (VmRSS) and the threads in Linux's
-/proc/self/status, the entries of /proc/self/fd, and `jax.live_arrays()`. The
-table has the medians of the thirds of the time, the first tenth left out; a
-checkpoint being written and batches under way hold threads, files and arrays
-for a while, so that of these it has the smallest numbers: a leak raises them,
-too.
+until a SIGTERM. Sixty times, after a step, once the checkpoint under way is
+written, and after a garbage collection, it reads of its own process: the
+resident memory (VmRSS) and the threads in Linux's /proc/self/status, the
+entries of /proc/self/fd, and `jax.live_arrays()`. The table has the medians of
+the thirds of the time, the first tenth left out; batches under way hold arrays
+and threads for a while, so that of what is counted it has the smallest numbers:
+a leak raises them, too.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def run(seconds, folder, steps_per_epoch):
 
   Returns:
     `SAMPLES` dicts of numbers: those of `sample`, `seconds` since the first
-    step, and `speed`, the steps a second since the sample before.
+    step, and `speed`, the steps a second since the sample before, which is an
+    epoch's steps behind at least.
   """
   config = tiny.config(
     data_path=tiny.save(
@@ -80,7 +81,7 @@ def run(seconds, folder, steps_per_epoch):
     watch_every=50,
     save_every_minutes=0.01,
   )
-  samples, begun, last, before = [], None, None, 0
+  samples, begun, last, before = [], None, None, None
   read = journal.Journal.step
 
   def sampled(book, step, *args):
@@ -89,8 +90,13 @@ def run(seconds, folder, steps_per_epoch):
     now = time.monotonic()
     if begun is None:
       begun, last, before = now, now, step
-    due = (len(samples) + 1) * seconds / SAMPLES
-    if now - begun >= due and len(samples) < SAMPLES:
+    due = (
+      now - begun >= (len(samples) + 1) * seconds / SAMPLES
+      and step - before >= steps_per_epoch
+    )
+    if due and len(samples) < SAMPLES:
+      for manager in book.managers.values():
+        manager.wait_until_finished()
       speed = (step - before) / (now - last)
       samples.append(sample() | {'speed': speed, 'seconds': now - begun})
       last, before = time.monotonic(), step
