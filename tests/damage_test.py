@@ -56,6 +56,19 @@ def test_a_flipped_byte_is_harmless_or_found(tmp_path, caplog):
   assert FLIPS // 4 < len(found) < FLIPS
 
 
+def test_a_checkpoint_goes_when_the_one_that_replaces_it_is_there(tmp_path):
+  checkpoints_test.save(tmp_path, 1)
+  folder = checkpoints.directory(tmp_path, 'latest')
+  # A process was killed before the new checkpoint 1 was there,
+  (folder / '1').rename(folder / '1.until.1')
+  assert checkpoints.restore(tmp_path) is None
+  checkpoints_test.assert_is(checkpoints.restore(tmp_path, repair=True), 1)
+  # and after that.
+  shutil.copytree(folder / '1', folder / '2.until.1')
+  checkpoints_test.assert_is(checkpoints.restore(tmp_path, repair=True), 1)
+  assert checkpoints_test.steps_in(tmp_path) == [1]
+
+
 def largest(folder):
   """The file of a checkpoint that has its arrays."""
   files = [path for path in folder.rglob('*') if path.is_file()]
@@ -86,14 +99,16 @@ def whole(tmp_path_factory):
   return config, folder / 'run', loop.train(config, folder / 'run')
 
 
-@pytest.mark.sample
 @pytest.mark.parametrize(
   'damage',
   [
-    pytest.param(name, marks=pytest.mark.sample if not i else ())
-    for i, name in enumerate(DAMAGES)
+    'garbage metadata',
+    pytest.param('truncated', marks=pytest.mark.sample),
+    'a file is missing',
+    'zeroed',
   ],
 )
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_newest_sound_checkpoint(
   whole, tmp_path, caplog, capsys, damage
 ):
