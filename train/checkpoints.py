@@ -24,6 +24,7 @@ from flax import serialization, traverse_util
 # Two of the latest, so that a damaged one leaves one to go back to. The one
 # before a step that was not finite is for a look, as train/finite.py says.
 KEPT = {'latest': 2, 'best': 1, 'nonfinite': 1}
+TORN = '.orbax-checkpoint-tmp'
 UNTIL = '.until.'  # `12.until.12` is kept until there is a new 12.
 
 # An error of Orbax is raised. That it also logs, with the stack of each thread
@@ -61,7 +62,6 @@ def manager(workdir, which, tidy=True):
   options = ocp.CheckpointManagerOptions(
     create=False,
     max_to_keep=KEPT[which],
-    cleanup_tmp_directories=tidy,
     multiprocessing_options=ocp.options.MultiprocessingOptions(
       primary_host=0, active_processes={0}, barrier_sync_key_prefix=which
     ),
@@ -184,7 +184,9 @@ def checksum(state, info):
 
 
 def _settle(folder):
-  """Removes checkpoints that were replaced, or brings them back if not."""
+  """Removes what is half written or replaced; what was not yet comes back."""
+  for path in folder.glob(f'*{TORN}*'):
+    shutil.rmtree(path)
   for path in folder.glob(f'*{UNTIL}*'):
     step, _, new = path.name.partition(UNTIL)
     if (folder / new).exists():
