@@ -175,7 +175,8 @@ def assert_same(expected, got):
   ]
   assert lines[0] == lines[1]
   assert (got / 'report.html').stat().st_size > 10_000
-  assert not list(got.rglob('*.tmp')) + list(got.rglob('*orbax-checkpoint-tmp'))
+  for left in '*.tmp', '*.orbax-checkpoint-tmp', '*.until.*':
+    assert not list(got.rglob(left))
 
 
 @pytest.mark.sample
