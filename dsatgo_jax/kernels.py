@@ -33,8 +33,10 @@ from dsatgo_jax.blocks import (
   flat,
   of_rows,
   pool,
+  pooled,
   refusal,
   time_major,
+  unit,
   varying,
 )
 from dsatgo_jax.threshold import is_measured
@@ -70,13 +72,16 @@ def _read(blocks, given):
   return given._replace(**levels), parameters
 
 
-def _membranes(settings, given, parameters, tile, num_steps):
-  """The membrane before each of the timesteps, and u."""
+def _membranes(settings, given, parameters, tile, num_steps, start=0):
+  """The membrane before each of so many timesteps from start on, and u."""
   v, found = None if given.v is None else tile.load(given.v), []
   for t in range(num_steps):
-    u = dynamics.presynaptic(tile.load(given.x, t), parameters)
-    if v is not None:
-      u = parameters.decay * v + u
+    if start and not t:
+      u = tile.load(given.u)
+    else:
+      u = dynamics.presynaptic(tile.load(given.x, start + t), parameters)
+      if v is not None:
+        u = parameters.decay * v + u
     found.append((v, u))
     if t + 1 < num_steps:
       _, v = _fire(settings, u, given.theta[t], parameters)
@@ -88,56 +93,33 @@ def _fire(settings, u, theta, parameters, nothing=0.0):
   return dynamics.fire(settings, (u, u, u), theta, 1.0, parameters, nothing)
 
 
-def _measure(settings, blocks, given, moments):
-  """The mean of a block, the root of the squares about it, and its size."""
+def _measure(settings, blocks, given, moments, kept, start):
+  """The mean of a block, the root of the squares about it, and its size.
+
+  And the block itself, if that is to be kept.
+  """
   tile, (given, parameters) = blocks.tile(), _read(blocks, given)
   *_, (_, u) = _membranes(
-    settings, given, parameters, tile, len(given.theta) + 1
+    settings, given, parameters, tile, len(given.theta) + 1, start
   )
+  if kept is not None:
+    tile.store(kept, u)
   most = jnp.max(tile.real(u, -jnp.inf))
   distance = tile.real(u - most)
   count = tile.count(u)
   # The mean is so far below the largest, and nothing is further above it: in
   # this unit no square overflows, and their sum does not vanish.
   below = -jnp.sum(distance) / count
-  unit = _unit(below)
-  squares = jnp.square(tile.real((distance + below) * (1 / unit)))
+  scale = unit(below)
+  squares = jnp.square(tile.real((distance + below) * (1 / scale)))
   moments[0] = most - below
-  moments[1] = unit * jnp.sqrt(jnp.sum(squares))
+  moments[1] = scale * jnp.sqrt(jnp.sum(squares))
   moments[2] = count
-
-
-def _unit(size):
-  """To divide by: its inverse is finite."""
-  return jnp.clip(size, 1e-30, 1e30)
-
-
-def _pooled(number, parts):
-  """What `_measure` tells, of parts."""
-  size = parts.shape[0]
-  mask = pl.program_id(0) * size + jnp.arange(size) < number
-  means, norms, counts = (
-    triton.load(parts.at[:, jnp.int32(i)], mask=mask, other=0) for i in range(3)
-  )
-  most = jnp.max(jnp.where(mask, means, -jnp.inf))
-  distance = jnp.where(mask, means - most, 0)
-  count = jnp.sum(counts)
-  below = -jnp.sum(counts * distance) / count
-  between = jnp.sqrt(counts) * (distance + below)
-  unit = _unit(jnp.max(jnp.maximum(norms, jnp.abs(between))))
-  squares = jnp.square(norms * (1 / unit)) + jnp.square(between * (1 / unit))
-  return most - below, unit * jnp.sqrt(jnp.sum(squares)), count
-
-
-def _pool(number, parts, pooled):
-  """Makes one part of some."""
-  for i, value in enumerate(_pooled(number, parts)):
-    pooled[i] = value
 
 
 def _decide(number, levels, free, parts, numbers, *outputs):
   """Makes statistics of all parts, and levels of them and of numbers."""
-  mean, norm, _ = _pooled(number, parts)
+  mean, norm, _ = pooled(number, parts)
   std = norm / math.sqrt(free)
   found = levels(mean, std, *(a[0] for a in numbers))
   for output, value in zip(outputs, (mean, std, *found), strict=True):
@@ -219,9 +201,8 @@ def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
   retained, per_channel, g_decay, g_theta = carry
   for i, number in enumerate((jnp.sum(retained) + g_decay, *g_theta)):
     numbers[i] = number
-  for i, a in enumerate(per_channel):
-    at = sums.at[jnp.int32(i), :]
-    triton.store(at, jnp.sum(a, 0), mask=blocks.columns())
+  for total, a in zip(sums or (), per_channel, strict=True):
+    triton.store(total.at[:], jnp.sum(a, 0), mask=blocks.columns())
 
 
 def _given(settings, x, v, parameters):
@@ -275,7 +256,7 @@ def _levels(settings, parameters, t, moments, count):
     leaves = (next(rest) if is_read else None for is_read in read)
     return core.jaxpr_as_fun(rules)(mean, std, *leaves)
 
-  parts = pool(_pool, moments, 1024)
+  parts = pool(moments, 1024)
   if not settings.axis_name and not any(map(jnp.ndim, numbers)):
     body = functools.partial(_decide, len(parts), of_numbers, count - 1)
     arrays = parts, [a.reshape(1) for a in numbers]
@@ -286,7 +267,7 @@ def _levels(settings, parameters, t, moments, count):
       mean, std, *found = (a.reshape(()) for a in call(*arrays))
       found = jax.tree.unflatten(jax.tree.structure(shape), found)
       return statistics.Statistics(mean, std), found
-  mean, norm, _ = pool(_pool, parts, 1)[0]
+  mean, norm, _ = pool(parts, 1)[0]
   measured = statistics.of_devices(mean, norm, count, settings.axis_name)
   return measured, levels(*measured, *leaves)
 
@@ -297,23 +278,31 @@ def forward(settings, x, v, t, parameters, running):
   dtype = parameters.decay.dtype
   given = _given(settings, x, v, parameters)
   blocks = blocks_of(given.x.shape, 4096 if num_steps <= 4 else 2048)
+  # Every so often u is kept: from there on it is less to read than x is.
+  often = 2 * dtype.itemsize // x.dtype.itemsize
 
-  def call(body, name, output):
+  def call(body, name, given, *outputs):
     body = functools.partial(body, settings, blocks)
-    return blocks.call(body, name, (given,), (output,))[0]
+    return blocks.call(body, name, (given,), outputs)
 
   measuring = running is None and (
     is_measured(method.threshold) or is_measured(method.signal)
   )
-  records = []
+  membrane = blocks.like(flat(x[0]), x, dtype)
+  records, start, since = [], 0, given
   for i in range(num_steps):
     measured = None
     if measuring:
-      moments = call(
-        _measure,
-        f'neuron_measures_{i + 1}_of_{num_steps}',
+      keeps = i % often == often - 1 and i < num_steps - 1
+      moments, kept = call(
+        functools.partial(_measure, start=start),
+        f'neuron_measures_{i - start + (not start)}_of_{num_steps}',
+        since._replace(theta=given.theta[start:], known=()),
         blocks.numbers(3, x, dtype),
+        membrane if keeps else None,
       )
+      if keeps:
+        start, since = i, given._replace(v=None, u=kept)
       measured, levels = _levels(
         settings, parameters, t + i, moments, math.prod(x.shape[1:])
       )
@@ -325,10 +314,9 @@ def forward(settings, x, v, t, parameters, running):
     records.append(dynamics.Record(*levels, measured))
     given = given._replace(theta=(*given.theta, levels[0].reshape(1)))
   like = blocks.like(given.x, x, settings.dtype)
-  spikes = call(_spikes, 'neuron_fires', like)
+  (spikes,) = call(_spikes, 'neuron_fires', given, like)
   # On its own, so that it is not made where nothing asks for it.
-  like = blocks.like(flat(x[0]), x, dtype)
-  last = call(_last, 'neuron_ends', like)
+  (last,) = call(_last, 'neuron_ends', given, membrane)
   record = jax.tree.map(lambda *a: jnp.stack(a), *records)
   return time_major(spikes, x), last.reshape(x.shape[1:]), record
 
@@ -363,7 +351,7 @@ def backward(
       blocks.like(given.x, x, x.dtype),
       blocks.numbers(1 + num_steps, x, dtype),
       None if settings.at_rest else blocks.like(given.v, x, dtype),
-      blocks.channels(2, x, dtype) if parameters.norm else None,
+      (blocks.channels(x, dtype),) * 2 if parameters.norm else None,
     ),
   )
   # Each by itself: what nothing asks for is then not summed.
@@ -372,7 +360,12 @@ def backward(
   (g_parameters,) = jax.vjp(thetas, parameters)[1](g_theta)
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
   if parameters.norm:
-    g_bias, g_gain = jnp.sum(sums, (0, 1))
+    g_bias, g_gain = lax.reduce(
+      sums,
+      (jnp.zeros((), dtype),) * 2,
+      lambda a, b: tuple(map(jnp.add, a, b)),
+      (0, 1),
+    )
     g_mean = -parameters.norm.gain * g_bias
     g_parameters = g_parameters._replace(
       norm=tdbn.Affine(g_mean, g_gain, g_bias)
