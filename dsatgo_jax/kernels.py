@@ -61,7 +61,7 @@ def _read(blocks, given):
   """`Given` with its levels as scalars, and the `Parameters` in it."""
   norm, gates = given.norm, given.gates
   if norm is not None:
-    norm = tdbn.Affine(*map(blocks.channels_of, norm))
+    norm = tdbn.Affine(*map(blocks.channels_of, norm[:3]))
   if gates is not None:
     gates = tuple(gates[i] for i in range(3))
   parameters = dynamics.Parameters(given.decay[0], norm=norm, gates=gates)
@@ -146,8 +146,14 @@ def _last(settings, blocks, given, last):
   tile.store(last, _fire(settings, u, theta, parameters, known - known)[1])
 
 
-def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
-  """The cotangents of x and v, and sums of those of the parameters."""
+def _back(
+  settings, blocks, given, g_spikes, g_v, own, g_x, numbers, g_before, sums
+):
+  """The cotangents of x and v, and sums of those of the parameters.
+
+  What comes to x by way of its statistics is known as `own`, if at all.
+  """
+  own = own and tuple(map(blocks.channels_of, own))
   given, parameters = _read(blocks, given)
   decay, norm = parameters.decay, parameters.norm
   num_steps = len(given.theta)
@@ -180,16 +186,20 @@ def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
       g_decay += of_reset
       if v is not None:
         retained += g_u * v
-      if norm is None:
-        tile.store(g_x, g_u, t)
-      else:
-        x = tile.load(given.x, t).astype(decay.dtype)
-        both = (g_u, g_u * (x - norm.mean))
-        per_channel = tuple(map(jnp.add, per_channel, both))
-        tile.store(g_x, g_u * norm.gain, t)
       g = decay * g_u
+      if norm is not None:
+        distance = tile.load(given.x, t).astype(decay.dtype) - norm.mean
+        both = (g_u, g_u * distance)
+        per_channel = tuple(map(jnp.add, per_channel, both))
+        g_u = g_u * norm.gain
+      if own:
+        g_u += own[0] + distance * own[1]
+      if g_x is not None:
+        tile.store(g_x, g_u, t)
     if g_before is not None:
       tile.store(g_before, g)
+    if numbers is None:
+      return carry
     return retained, per_channel, g_decay, tuple(g_theta)
 
   zero = jnp.zeros((), decay.dtype)
@@ -198,6 +208,8 @@ def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
     carry = block(0, carry)
   else:
     carry = lax.fori_loop(0, blocks.times, block, carry)
+  if numbers is None:
+    return
   retained, per_channel, g_decay, g_theta = carry
   for i, number in enumerate((jnp.sum(retained) + g_decay, *g_theta)):
     numbers[i] = number
@@ -207,10 +219,13 @@ def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
 
 def _given(settings, x, v, parameters):
   """`Given`, without the levels."""
+  norm = parameters.norm
+  if isinstance(norm, tdbn.Own):
+    norm = norm.affine()
   return Given(
     batch_major(x),
     None if settings.at_rest else flat(v),
-    jax.tree.map(lambda a: a[None], parameters.norm),
+    jax.tree.map(lambda a: a[None], norm),
     parameters.decay.reshape(1),
     parameters.gates,
   )
@@ -342,16 +357,20 @@ def backward(
   )
   given = _given(settings, x, v, parameters)._replace(theta=theta, width=width)
   blocks = blocks_of(given.x.shape, 1024, programs=1024)
-  g_v = None if silent else flat(g_v)
+  arrays = given, batch_major(g_spikes), None if silent else flat(g_v)
+  norm = parameters.norm
+  owns = isinstance(norm, tdbn.Own)
+  body = functools.partial(_back, settings, blocks)
+  like = blocks.like(given.x, x, x.dtype)
   g_x, numbers, g_before, sums = blocks.call(
-    functools.partial(_back, settings, blocks),
-    'neuron_pulls',
-    (given, batch_major(g_spikes), g_v),
+    body,
+    'neuron_sums' if owns else 'neuron_pulls',
+    (*arrays, None),
     (
-      blocks.like(given.x, x, x.dtype),
+      None if owns else like,
       blocks.numbers(1 + num_steps, x, dtype),
       None if settings.at_rest else blocks.like(given.v, x, dtype),
-      (blocks.channels(x, dtype),) * 2 if parameters.norm else None,
+      (blocks.channels(x, dtype),) * 2 if norm else None,
     ),
   )
   # Each by itself: what nothing asks for is then not summed.
@@ -359,17 +378,23 @@ def backward(
   g_theta = jnp.sum(numbers[..., 1:], (0, 1, 2))
   (g_parameters,) = jax.vjp(thetas, parameters)[1](g_theta)
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
-  if parameters.norm:
+  if norm:
     g_bias, g_gain = lax.reduce(
       sums,
       (jnp.zeros((), dtype),) * 2,
       lambda a, b: tuple(map(jnp.add, a, b)),
       (0, 1),
     )
-    g_mean = -parameters.norm.gain * g_bias
-    g_parameters = g_parameters._replace(
-      norm=tdbn.Affine(g_mean, g_gain, g_bias)
-    )
+    affine, pull = norm, lambda g: (g,)
+    if owns:
+      affine, pull = jax.vjp(tdbn.Own.affine, norm)
+    g = tdbn.Affine(-affine.gain * g_bias, g_gain, g_bias)
+    g_parameters = g_parameters._replace(norm=pull(g)[0])
+  if owns:
+    own = tuple(a[None] for a in norm.through(x, g_parameters.norm))
+    # All of it again, which reads and writes less than adding to g_x would.
+    outputs = (like, None, None, None)
+    g_x, *_ = blocks.call(body, 'neuron_pulls', (*arrays, own), outputs)
   if g_before is None:
     g_before = jnp.zeros_like(v)  # Nothing asks for it.
   return time_major(g_x, x), g_before.reshape(v.shape), g_parameters, probes
