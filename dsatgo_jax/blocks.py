@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from dsatgo_jax import tdbn
+
 
 class Given(NamedTuple):
   """What kernels read: arrays, their `BlockSpec`s, or references to blocks.
@@ -36,6 +38,20 @@ class Given(NamedTuple):
   width: Any = ()
   known: Any = ()
   u: Any = None
+
+
+def given_of(x, v, parameters):
+  """`Given`, without the levels."""
+  norm = parameters.norm
+  if isinstance(norm, tdbn.Own):
+    norm = norm.affine()
+  return Given(
+    batch_major(x),
+    None if v is None else flat(v),
+    jax.tree.map(lambda a: a[None], norm),
+    parameters.decay.reshape(1),
+    parameters.gates,
+  )
 
 
 class Blocks(NamedTuple):

@@ -1,11 +1,11 @@
 """The fused scan as kernels of an NVIDIA GPU, in Pallas (Triton).
 
 A threshold that is measured waits for the whole batch. So forward there are two
-kernels for each timestep, one that makes u[t] of x[0..t] and leaves the moments
-of each block, and one that makes the threshold of them; and a last one that
-fires. Backward there is one. All read x as [B, T, ...], as weights and tdBN
-leave it in memory; membranes stay in registers, and tdBN's sums are taken on
-the way.
+kernels for each timestep, one that makes u[t] of x and leaves the moments of
+each block, and one that makes the threshold of them; and a last one that fires.
+Backward there is one, and one more after the sums of tdBN. All read x as
+[B, T, ...], which is how weights and tdBN leave it in memory. Membranes stay in
+registers, but for one every few timesteps, from where later ones go on.
 
 They are taken for x [T, B, ..., C] in float32, bfloat16 or float16, for levels
 that are scalars and surrogates that `surrogate.custom` made, on one device and
@@ -25,12 +25,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.extend import core
 
-from dsatgo_jax import dynamics, statistics, tdbn
+from dsatgo_jax import devices, dynamics, statistics, tdbn
 from dsatgo_jax.blocks import (
-  Given,
   batch_major,
   blocks_of,
   flat,
+  given_of,
   of_rows,
   pool,
   pooled,
@@ -217,20 +217,6 @@ def _back(
     triton.store(total.at[:], jnp.sum(a, 0), mask=blocks.columns())
 
 
-def _given(settings, x, v, parameters):
-  """`Given`, without the levels."""
-  norm = parameters.norm
-  if isinstance(norm, tdbn.Own):
-    norm = norm.affine()
-  return Given(
-    batch_major(x),
-    None if settings.at_rest else flat(v),
-    jax.tree.map(lambda a: a[None], norm),
-    parameters.decay.reshape(1),
-    parameters.gates,
-  )
-
-
 @functools.lru_cache
 def refusal_of(surrogate) -> Exception | None:
   """Why Triton does not take the surrogate's derivative; None if it does."""
@@ -272,8 +258,11 @@ def _levels(settings, parameters, t, moments, count):
     return core.jaxpr_as_fun(rules)(mean, std, *leaves)
 
   parts = pool(moments, 1024)
-  if not settings.axis_name and not any(map(jnp.ndim, numbers)):
-    body = functools.partial(_decide, len(parts), of_numbers, count - 1)
+  if settings.axis_name:
+    parts = devices.gather(pool(parts, 1)[0], settings.axis_name)
+  free = count * devices.axis_size(settings.axis_name) - 1
+  if not any(map(jnp.ndim, numbers)):
+    body = functools.partial(_decide, len(parts), of_numbers, free)
     arrays = parts, [a.reshape(1) for a in numbers]
     like = varying(parts, (1,), parts.dtype)
     outputs = [like] * (2 + len(rules.out_avals))
@@ -283,7 +272,7 @@ def _levels(settings, parameters, t, moments, count):
       found = jax.tree.unflatten(jax.tree.structure(shape), found)
       return statistics.Statistics(mean, std), found
   mean, norm, _ = pool(parts, 1)[0]
-  measured = statistics.of_devices(mean, norm, count, settings.axis_name)
+  measured = statistics.Statistics(mean, norm / math.sqrt(free))
   return measured, levels(*measured, *leaves)
 
 
@@ -291,7 +280,7 @@ def forward(settings, x, v, t, parameters, running):
   """`fused`'s scan; arguments and results as there."""
   method, num_steps = settings.method, len(x)
   dtype = parameters.decay.dtype
-  given = _given(settings, x, v, parameters)
+  given = given_of(x, None if settings.at_rest else v, parameters)
   blocks = blocks_of(given.x.shape, 4096 if num_steps <= 4 else 2048)
   # Every so often u is kept: from there on it is less to read than x is.
   often = 2 * dtype.itemsize // x.dtype.itemsize
@@ -355,7 +344,9 @@ def backward(
     tuple(a[i : i + 1] for i in range(num_steps))
     for a in (record.theta, record.width)
   )
-  given = _given(settings, x, v, parameters)._replace(theta=theta, width=width)
+  given = given_of(x, None if settings.at_rest else v, parameters)._replace(
+    theta=theta, width=width
+  )
   blocks = blocks_of(given.x.shape, 1024, programs=1024)
   arrays = given, batch_major(g_spikes), None if silent else flat(g_v)
   norm = parameters.norm

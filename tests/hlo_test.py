@@ -59,7 +59,7 @@ ENTRY %main (x: bf16[8,4], g: f32[4]) -> f32[4,4] {
   %x = bf16[8,4]{1,0} parameter(0)
   %g = f32[4]{0} parameter(1)
   %fusion = (f32[4,4]{1,0}, bf16[4,4]{1,0}) fusion(%x, %g), kind=kLoop, \
-calls=%half
+calls=%half, metadata={op_name="jit(f)/transpose(jvp(Net))/norm.affine/mul"}
   %first = f32[4,4]{1,0} get-tuple-element(%fusion), index=0
   %start = f32[4,4]{1,0} all-reduce-start(%first), to_apply=%add
   %cublas = (f32[4,4]{1,0}, s8[64]{0}) custom-call(%first, %first), \
@@ -72,10 +72,14 @@ custom_call_target="__cublas$gemm"
 def test_kernels_and_traffic_of_a_program_by_hand():
   fusion = 4 * 4 * 2 + 4 * 4 + 4 * 4 * (4 + 2)  # Half of x is read.
   assert hlo.kernels(GPU) == [
-    ('fusion', fusion, 1),
-    ('all-reduce-start', 2 * 64, 1),
-    ('library', 64 + 64 + 2 * 64, 1),
+    ('fusion', fusion, 1, 'jit(f)/transpose(jvp(Net))/norm.affine/mul'),
+    ('all-reduce-start', 2 * 64, 1, ''),
+    ('library', 64 + 64 + 2 * 64, 1, ''),
   ]
+  assert hlo.sources(GPU) == {
+    ('backward', 'norm'): (1, fusion),
+    ('', ''): (1, 2 * 64),
+  }
   assert hlo.summary(GPU) == {
     'kernels': 3,
     'moved_bytes': fusion + 2 * 64,
