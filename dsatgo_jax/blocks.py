@@ -284,6 +284,20 @@ def refusal(call, *arrays) -> Exception | None:
   return None
 
 
+@functools.lru_cache
+def refusal_of(surrogate) -> Exception | None:
+  """Why Triton does not take the surrogate's derivative; None if it does."""
+
+  def body(x, width, slope):
+    slope[...] = surrogate.gradient(x[...], width[0])
+
+  x, width = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (128, 1))
+  call = pl.pallas_call(
+    body, out_shape=x, compiler_params=triton.CompilerParams()
+  )
+  return refusal(call, x, width)
+
+
 def _power(n):
   """The least power of two that is not less."""
   return 1 << (n - 1).bit_length()

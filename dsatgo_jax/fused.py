@@ -87,7 +87,8 @@ def _fused(settings, x, v, t, theta, parameters, running, mask, probes):
     )
 
   kernel = functools.partial(kernels.forward, settings)
-  return xla.either(kernel, plain, x, v, t, parameters, running)
+  batch = (1, 0, -1, -1, -1), (1, 0, -1)
+  return xla.either(kernel, plain, batch, x, v, t, parameters, running)
 
 
 def _kernels(settings, x, v, t, parameters, running):
@@ -176,7 +177,8 @@ def _pull(settings, silent, residuals, cotangents):
   kernels = _kernels(settings, x, v, t, parameters, running)
   if kernels and theta is None and not probes:
     kernel = functools.partial(kernels.backward, settings, silent)
-    pull = functools.partial(xla.either, kernel, pull)
+    batch = (1, 0, -1, -1, -1, -1, -1, 1, 0, -1), (1, 0, -1, -1)
+    pull = functools.partial(xla.either, kernel, pull, batch)
   g_x, g_v, g_parameters, told = pull(*arguments)
   (pooled,) = pool((g_parameters, told))
   return g_x, g_v, *pooled

@@ -8,20 +8,21 @@ Backward there is one, and one more after the sums of tdBN. All read x as
 registers, but for one every few timesteps, from where later ones go on.
 
 They are taken for x [T, B, ..., C] in float32, bfloat16 or float16, for levels
-that are scalars and surrogates that `surrogate.custom` made, on one device and
-under `pmap` and `shard_map`. Programs for other devices, `jax.jit` of a sharded
-batch, `vmap`, probes, records, masks (forward) and derivatives of derivatives
-are left to XLA. JAX 0.11 calls Pallas for Triton deprecated; where it is gone,
-`fused` warns, and all is left to XLA.
+that are scalars and surrogates that `surrogate.custom` made, on one device,
+under `pmap` and `shard_map`, and by each device for its part of a batch that is
+sharded under `jax.jit`. Programs for other devices, `vmap`, probes, records,
+masks (forward) and derivatives of derivatives are left to XLA. JAX 0.11 calls
+Pallas for Triton deprecated; where it is gone, `fused` warns, and all is left
+to XLA.
 """
 
+import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.extend import core
 
@@ -35,11 +36,14 @@ from dsatgo_jax.blocks import (
   pool,
   pooled,
   refusal,
+  refusal_of,
   time_major,
   unit,
   varying,
 )
 from dsatgo_jax.threshold import is_measured
+
+__all__ = ('backward', 'forward', 'refusal_of')
 
 
 def _step(x, width):
@@ -217,20 +221,6 @@ def _back(
     triton.store(total.at[:], jnp.sum(a, 0), mask=blocks.columns())
 
 
-@functools.lru_cache
-def refusal_of(surrogate) -> Exception | None:
-  """Why Triton does not take the surrogate's derivative; None if it does."""
-
-  def body(x, width, slope):
-    slope[...] = surrogate.gradient(x[...], width[0])
-
-  x, width = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (128, 1))
-  call = pl.pallas_call(
-    body, out_shape=x, compiler_params=triton.CompilerParams()
-  )
-  return refusal(call, x, width)
-
-
 def _levels(settings, parameters, t, moments, count):
   """Statistics and levels of moments of blocks.
 
@@ -276,8 +266,22 @@ def _levels(settings, parameters, t, moments, count):
   return measured, levels(*measured, *leaves)
 
 
-def forward(settings, x, v, t, parameters, running):
-  """`fused`'s scan; arguments and results as there."""
+def _pooling(settings, parameters, axis_name):
+  """Settings and parameters for a part of the batch, over an axis if any."""
+  if axis_name:
+    settings = settings._replace(axis_name=axis_name)
+    if isinstance(norm := parameters.norm, tdbn.Own):
+      norm = dataclasses.replace(norm, axis_name=axis_name)
+      parameters = parameters._replace(norm=norm)
+  return settings, parameters
+
+
+def forward(settings, x, v, t, parameters, running, axis_name=None):
+  """`fused`'s scan; arguments and results as there.
+
+  Of a part of a batch, if an axis is named; over that all is pooled then.
+  """
+  settings, parameters = _pooling(settings, parameters, axis_name)
   method, num_steps = settings.method, len(x)
   dtype = parameters.decay.dtype
   given = given_of(x, None if settings.at_rest else v, parameters)
@@ -327,10 +331,11 @@ def forward(settings, x, v, t, parameters, running):
 
 def backward(
   settings, silent, x, v, t, parameters, running, record, probes,
-  g_spikes, g_v, g_record,
+  g_spikes, g_v, g_record, axis_name=None,
 ):  # fmt: skip
   """`fused`'s backward pass; `silent` says that g_v is 0."""
   del g_record
+  settings, parameters = _pooling(settings, parameters, axis_name)
   dtype, num_steps = parameters.decay.dtype, len(x)
 
   def thetas(parameters):
@@ -386,6 +391,8 @@ def backward(
     # All of it again, which reads and writes less than adding to g_x would.
     outputs = (like, None, None, None)
     g_x, *_ = blocks.call(body, 'neuron_pulls', (*arrays, own), outputs)
+  if axis_name:
+    g_parameters = lax.psum(g_parameters, axis_name)
   if g_before is None:
     g_before = jnp.zeros_like(v)  # Nothing asks for it.
   return time_major(g_x, x), g_before.reshape(v.shape), g_parameters, probes

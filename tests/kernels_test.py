@@ -35,14 +35,23 @@ pallas = functools.partial(neurons.run, kernel='pallas')
 @pytest.fixture
 def interpreted(monkeypatch):
   """Has kernels taken, and run by the interpreter."""
+  yield from taken(monkeypatch, 'kernel')
+
+
+@pytest.fixture
+def spread(monkeypatch):
+  """The same, as programs take them whose batch is sharded."""
+  yield from taken(monkeypatch, 'spread')
+
+
+def taken(monkeypatch, way):
   interpret = functools.partial(pl.pallas_call, interpret=True)
-  monkeypatch.setattr(kernels.pl, 'pallas_call', interpret)
+  monkeypatch.setattr(pl, 'pallas_call', interpret)
 
-  def kernel_alone(*arguments, kernel, plain):
-    del plain
-    return core.jaxpr_as_fun(kernel)(*arguments)
+  def alone(*arguments, **ways):
+    return core.jaxpr_as_fun(ways[way])(*arguments)
 
-  monkeypatch.setattr(xla._either, 'bind', kernel_alone)
+  monkeypatch.setattr(xla._either, 'bind', alone)
   jax.clear_caches()
   yield
   jax.clear_caches()
@@ -297,6 +306,21 @@ def test_pulls_through_the_statistics_of_all_devices(request, way):
   close(actual[2], expected[2], 2e-5)
 
 
+@pytest.mark.sample
+@pytest.mark.parametrize('other', [0.0, 0.5])
+@pytest.mark.parametrize('where', [P(None, 'batch'), P()])
+def test_devices_take_their_parts_of_a_sharded_batch(spread, where, other):
+  del spread
+  x = normal(3, 8, 4, 5, 6)
+  sharded = jax.device_put(x, NamedSharding(MESH, where))
+  step = jax.jit(functools.partial(through_both, other=other), static_argnums=0)
+  actual, expected = step('pallas', sharded), step('xla', x)
+  close(actual[0], expected[0], 0)
+  close(actual, expected, 2e-5)
+  text = step.lower('pallas', sharded).compile().as_text()
+  assert 'all-gather' not in text and 'all-to-all' not in text
+
+
 # Where kernels are taken. Programs are lowered for a GPU that is not there.
 
 
@@ -393,9 +417,13 @@ def test_where_kernels_are_taken(name, function, expected):
   assert not lowered(function, x, platform='cpu')
 
 
-def test_a_sharded_batch_is_left_to_xla():
+@pytest.mark.parametrize('platform', ['cuda', 'cpu'])
+def test_of_a_sharded_batch_devices_take_their_parts(platform):
   x = jax.device_put(X, NamedSharding(MESH, P(None, 'batch')))
-  assert not lowered(there_and_back, x)
+  traced = jax.jit(there_and_back).trace(x)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert ('@CustomSPMDPartitioning' in text) == (platform == 'cuda')
+  assert 'triton' not in text
 
 
 def test_without_triton_xla_takes_over(monkeypatch):
