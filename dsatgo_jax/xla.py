@@ -7,6 +7,7 @@ said here changes no number.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -259,11 +260,16 @@ def by_parts(plain, part, axes):
 
   def partition(mesh, arguments, outputs):
     del outputs
-    spec = [*arguments[0].sharding.spec, *[None] * arguments[0].ndim]
-    names = spec[axes[0][0]]
+    x, axis = arguments[0], axes[0][0]
+    names = [*x.sharding.spec, *[None] * x.ndim][axis]
+    size = math.prod(mesh.shape[name] for name in jax.tree.leaves(names))
+    if x.shape[axis] % size:
+      names = None  # Each does all of it.
 
     def one(*arguments):
-      return part(names, *arguments[:number])
+      none = jax.sharding.AbstractMesh((), ())  # Of explicit axes.
+      with jax.sharding.use_abstract_mesh(none):
+        return part(names, *arguments[:number])
 
     given, told = (placed(mesh, names, of) for of in axes)
     return mesh, one, told, tuple(given)

@@ -321,6 +321,18 @@ def test_devices_take_their_parts_of_a_sharded_batch(spread, where, other):
   assert 'all-gather' not in text and 'all-to-all' not in text
 
 
+@pytest.mark.sample
+def test_devices_take_their_parts_of_explicit_axes(spread):
+  del spread
+  x = normal(2, 4, 6, 5)
+  mesh = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    sharded = jax.device_put(x, NamedSharding(mesh, P(None, 'batch')))
+    actual = jax.jit(there_and_back)(sharded)
+  expected = jax.jit(functools.partial(there_and_back, kernel='xla'))(x)
+  close(actual, expected, 2e-5)
+
+
 # Where kernels are taken. Programs are lowered for a GPU that is not there.
 
 
@@ -329,6 +341,11 @@ def lowered(function, *arguments, platform='cuda'):
   traced = jax.jit(function).trace(*arguments)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   return 'triton' in text
+
+
+def needs_triton(expected):
+  if expected and jax.__version_info__ >= (0, 11) and not HAS_GPU:
+    pytest.skip('This JAX lowers Triton only where it finds a GPU.')
 
 
 def there_and_back(x, **settings):
@@ -410,8 +427,7 @@ MESH = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,))
   ],
 )
 def test_where_kernels_are_taken(name, function, expected):
-  if expected and jax.__version_info__ >= (0, 11) and not HAS_GPU:
-    pytest.skip('This JAX lowers Triton only where it finds a GPU.')
+  needs_triton(expected)
   x = X[None] if name == 'mapped' else X
   assert lowered(function, x) == expected
   assert not lowered(function, x, platform='cpu')
@@ -419,6 +435,7 @@ def test_where_kernels_are_taken(name, function, expected):
 
 @pytest.mark.parametrize('platform', ['cuda', 'cpu'])
 def test_of_a_sharded_batch_devices_take_their_parts(platform):
+  needs_triton(platform == 'cuda')
   x = jax.device_put(X, NamedSharding(MESH, P(None, 'batch')))
   traced = jax.jit(there_and_back).trace(x)
   text = traced.lower(lowering_platforms=(platform,)).as_text()

@@ -200,8 +200,11 @@ def kernels(text):
     sizes = [
       _bytes(shape, _size(shape)) for j in [i, *operands] for shape in j.shapes
     ]
-    # Of our own kernels some read so many of an array's timesteps alone.
-    if part := re.search(r'_(\d+)_of_(\d+)/pallas_call', i.attributes):
+    # Triton's kernels have names of their own, within.
+    if name := re.search(r'\bname = "(\w+)"', i.attributes):
+      source += f'/{name[1]}/'
+    # Of our own some read so many of an array's timesteps alone.
+    if part := re.search(r'_(\d+)_of_(\d+)/$', source):
       sizes.sort()
       sizes[-1] *= int(part[1]) / int(part[2])
     kind = i.op
