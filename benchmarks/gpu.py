@@ -3,12 +3,13 @@
   pip install -e '.[train,plan-gpu]'
   python -m benchmarks.gpu [--cards h100,rtx4090] [--dtypes bfloat16,float32] \
       [--networks ResNet-19,...] [--ways 1,4-jit,...] \
-      [--neurons spiking,pallas,packed,layer] [--sources] [--json FILE]
+      [--neurons spiking,pallas,packed,layer,pallas+packed,pallas+layer] \
+      [--sources] [--json FILE]
   python -m benchmarks.gpu --check benchmarks/gpu.json
 
 Neither a driver nor CUDA is needed. Loss and gradients of each network beside
 its twin with ReLU in the place of the neurons, as it is and with
-`kernel='pallas'`, `pack=True` ('packed') and `remat='layer'` ('layer'):
+`kernel='pallas'`, `pack=True` ('packed') and `remat='layer'` ('layer'), or two:
 kernels, MiB moved by those that are no library's, temporary MiB (without
 cuDNN's own) and collectives, a device; on one device, and on four under
 `jax.jit` with a sharded batch, `pmap` and `shard_map`. Nothing runs, so no time
@@ -47,6 +48,8 @@ NEURONS = {
   'pallas': {'kernel': 'pallas'},
   'packed': {'pack': True},
   'layer': {'remat': 'layer'},
+  'pallas+packed': {'kernel': 'pallas', 'pack': True},
+  'pallas+layer': {'kernel': 'pallas', 'remat': 'layer'},
 }
 COLUMNS = ('card', 'dtype', 'network', 'devices', 'neurons')
 NUMBERS = ('kernels', 'MiB moved', 'MiB temporary')

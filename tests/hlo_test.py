@@ -88,6 +88,20 @@ def test_kernels_and_traffic_of_a_program_by_hand():
   }
 
 
+def test_a_kernel_of_our_own_reads_a_part_of_x():
+  text = GPU.replace(
+    '  ROOT %done',
+    '  %ours = f32[4,4]{1,0} custom-call(%x, %g), '
+    'custom_call_target="__gpu$xla.gpu.triton", '
+    'metadata={op_name="jit(f)/neuron/custom_partitioning"}, '
+    'backend_config={grid_x = 1 : i32, name = "neuron_measures_1_of_4"}\n'
+    '  ROOT %done',
+  ).replace('bf16[8,4]', 'bf16[16,4]')
+  assert hlo.sources(text)['forward', 'neuron_measures'] == (
+    1, 16 * 4 * 2 / 4 + 4 * 4 + 4 * 4 * 4,
+  )  # fmt: skip
+
+
 def test_collectives_of_a_program_by_hand():
   found = [(each.bytes, each.times) for each in hlo.collectives(LOOP)]
   assert found == [(16, 5), (32, 5), (12 + 7 + 8, 1)]
