@@ -1,0 +1,218 @@
+"""One example on its way through a network: figure 10's maps, and traces."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from train.drawn import page, runs, style
+from train.drawn.inside import ends
+
+
+def one_example(network):
+  """What the neurons do with the first example: u, v, spikes and theta."""
+  return runs.happened(runs.take(network, 1), 'spiking', 'membranes')
+
+
+def feature_maps(networks, num_maps=4):
+  """Rows of figure 10: spikes of a few channels, by timestep."""
+  network, rows = networks[0], []
+  told = one_example(network)
+  for layer in ends(network.layers):
+    spikes = told[layer]['spikes'][:, 0]  # [T, H, W, C]
+    if spikes.ndim != 4:
+      continue
+    busiest = np.argsort(-spikes.mean((0, 1, 2)), kind='stable')[:num_maps]
+    rows += [
+      {
+        'layer': layer,
+        'channel': int(channel),
+        'timestep': t + 1,
+        'y': y,
+        'x': x,
+        'spike': int(spike),
+      }
+      for channel in busiest
+      for t in range(len(spikes))
+      for (y, x), spike in np.ndenumerate(spikes[t, ..., channel])
+    ]
+  return rows or 'no layer of the run has feature maps'
+
+
+def draw_feature_maps(rows):
+  """A row a channel, a column a timestep."""
+  kinds = list(dict.fromkeys((row['layer'], row['channel']) for row in rows))
+  times = style.values(rows, 'timestep')
+  figure = Figure(
+    figsize=(
+      style.WIDE,
+      0.4 + len(kinds) * (style.WIDE - 1) / max(6, len(times)),
+    )
+  )
+  axes = figure.subplots(len(kinds), len(times), squeeze=False)
+  for line, (layer, channel) in zip(axes, kinds, strict=True):
+    for axis, t in zip(line, times, strict=True):
+      mine = style.where(rows, layer=layer, channel=channel, timestep=t)
+      shape = mine[-1]['y'] + 1, mine[-1]['x'] + 1
+      axis.imshow(
+        style.column(mine, 'spike').reshape(shape), cmap='gray_r', vmin=0,
+        vmax=1,
+      )  # fmt: skip
+      axis.set(xticks=[], yticks=[])
+      axis.grid(False)
+      axis.spines[['top', 'right']].set_visible(True)
+    line[0].set_ylabel(
+      f'{layer}\n#{channel}', fontsize=7, rotation=0, ha='right', va='center'
+    )
+  for axis, t in zip(axes[0], times, strict=True):
+    axis.set_title(f't = {t}', fontsize=8)
+  return figure
+
+
+def raster(networks, num_neurons=60):
+  """Rows: the spikes of some neurons of a few layers, most active first."""
+  network, rows = networks[0], []
+  told = one_example(network)
+  for layer in ends(network.layers):
+    spikes = flat(told[layer]['spikes'])
+    rows += [
+      {
+        'layer': layer,
+        'neuron': int(neuron),
+        'timestep': t + 1,
+        'spike': int(spikes[t, neuron]),
+      }
+      for neuron in sample(spikes, num_neurons)
+      for t in range(len(spikes))
+    ]
+  return rows
+
+
+def flat(values):
+  """[T, 1, ...] as [T, neurons]."""
+  return values.reshape(len(values), -1)
+
+
+def sample(spikes, count):
+  """So many neurons, evenly from the most active to the least."""
+  order = np.argsort(-spikes.sum(0), kind='stable')
+  return order[np.arange(min(count, len(order))) * len(order) // count]
+
+
+def draw_raster(rows):
+  """A panel a layer, a line a neuron, a mark a spike."""
+  layers = style.values(rows, 'layer')
+  figure, axes = style.panels(len(layers), 3, 3.2, sharex=True)
+  for axis, layer in zip(axes, layers, strict=True):
+    mine = style.where(rows, layer=layer)
+    neurons = style.values(mine, 'neuron')
+    places = {neuron: place for place, neuron in enumerate(neurons)}
+    fired = [row for row in mine if row['spike']]
+    axis.scatter(
+      style.column(fired, 'timestep'),
+      [places[row['neuron']] for row in fired],
+      marker='|', s=14, linewidth=1.4, color='black',
+    )  # fmt: skip
+    axis.set_ylim(len(neurons), -1)
+    axis.set_title(layer)
+    times = max(style.values(mine, 'timestep'))
+    axis.set_xlim(0.5, times + 0.5)
+    style.timesteps(axis, times)
+  axes[0].set_ylabel('neuron, most active on top')
+  return figure
+
+
+def traces(networks, num_neurons=4):
+  """Rows: membranes of a few neurons of the middle layer, and the threshold."""
+  network = networks[0]
+  layer = ends(network.layers)[len(ends(network.layers)) // 2]
+  told = one_example(network)[layer]
+  arrays = {name: flat(told[name]) for name in ('u', 'v', 'spikes')}
+  return [
+    {
+      'layer': layer,
+      'neuron': int(neuron),
+      'timestep': t + 1,
+      'u': float(arrays['u'][t, neuron]),
+      'v': float(arrays['v'][t, neuron]),
+      'spike': int(arrays['spikes'][t, neuron]),
+      'theta': float(np.mean(told['theta'][t])),
+      'width': float(np.mean(told['width'][t])),
+    }
+    for neuron in active(arrays['spikes'], num_neurons)
+    for t in range(len(arrays['u']))
+  ]
+
+
+def active(spikes, count):
+  """Neurons that fired often, less often, once and never, as they come."""
+  totals = spikes.sum(0).astype(int)
+  wanted = np.linspace(totals.max(), 0, count).round()
+  found = []
+  for number in wanted:
+    order = np.argsort(np.abs(totals - number), kind='stable')
+    found.append(next(i for i in order if i not in found))
+  return found
+
+
+def draw_traces(rows):
+  """A panel a neuron."""
+  neurons = style.values(rows, 'neuron')
+  figure, axes = style.panels(len(neurons), 1, 1.15, sharex=True, sharey=True)
+  for axis, neuron in zip(axes, neurons, strict=True):
+    mine = style.where(rows, neuron=neuron)
+    t, u, v, theta, width, spike = (
+      style.column(mine, name)
+      for name in ('timestep', 'u', 'v', 'theta', 'width', 'spike')
+    )
+    edges = np.append(t - 0.5, t[-1] + 0.5)
+    axis.bar(
+      t, width, bottom=theta - width / 2, width=1, color='0.88', zorder=0,
+      label='gradient window',
+    )  # fmt: skip
+    axis.stairs(
+      theta, edges, baseline=None, color=style.COLOURS[1], linestyle='--',
+      linewidth=1.4, label='threshold',
+    )  # fmt: skip
+    axis.plot(
+      np.repeat(t, 2), np.stack([u, v], 1).ravel(), color=style.COLOURS[0],
+      linewidth=1, label='membrane',
+    )  # fmt: skip
+    axis.plot(t, u, 'o', color=style.COLOURS[0], markersize=3.5)
+    fired = spike > 0
+    axis.plot(
+      t[fired], u[fired], '*', color='black', markersize=9, label='spike'
+    )
+    axis.set_title(f'neuron {neuron} of {mine[0]["layer"]}', fontsize=8)
+    axis.set_xlabel('')
+  style.timesteps(axes[-1], len(t))
+  figure.supylabel('membrane potential', fontsize=9)
+  style.legend(figure, axes[0], 4)
+  return figure
+
+
+FEATURE_MAPS = page.Entry(
+  '10_feature_maps',
+  'Figure 10: feature maps by timestep',
+  'Spikes (black) of the most active channels of the first, the middle and '
+  'the last layer, for one test image of the first run. Maps that stay the '
+  'same say that later timesteps add little.',
+  feature_maps,
+  draw_feature_maps,
+)
+RASTER = page.Entry(
+  '17_raster',
+  'Spikes of one example',
+  'A mark is a spike. Neurons evenly from the most active to the least, of the '
+  'first, the middle and the last layer of the first run, for one test image.',
+  raster,
+  draw_raster,
+)
+TRACES = page.Entry(
+  '18_traces',
+  'Membranes of one example',
+  'Four neurons of the middle layer of the first run, from one that fires '
+  'often to one that does not. A dot is the membrane before the reset, the '
+  'line falls to where it is after it; above the dashed threshold of the '
+  'timestep it fires (star), in the grey window it passes a gradient.',
+  traces,
+  draw_traces,
+)
