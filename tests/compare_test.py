@@ -169,7 +169,9 @@ def test_a_comparison_resumes_and_runs_nothing_twice(tmp_path):
       found = metrics.read_json(folder / 'comparison.json')
       told = found['methods'][method]['accuracies'][str(seed)]
       assert told == 100 * result['accuracy']
-  rows = list(csv.DictReader(open(folder / 'comparison.csv')))
+  rows = list(
+    csv.DictReader((folder / 'comparison.csv').read_text().splitlines())
+  )
   assert [row['method'] for row in rows] == ['vanilla', 'ds_atgo']
   assert float(rows[0]['mean']) == found['methods']['vanilla']['mean']
   pictures = {path.name for path in (folder / 'figures').iterdir()}

@@ -38,32 +38,35 @@ def feature_maps(networks, num_maps=4):
 
 
 def draw_feature_maps(rows):
-  """A row a channel, a column a timestep."""
+  """A line of panels a channel, or half a line where the timesteps are few."""
   kinds = list(dict.fromkeys((row['layer'], row['channel']) for row in rows))
   times = style.values(rows, 'timestep')
-  figure = Figure(
-    figsize=(
-      style.WIDE,
-      0.4 + len(kinds) * (style.WIDE - 1) / max(6, len(times)),
-    )
-  )
-  axes = figure.subplots(len(kinds), len(times), squeeze=False)
-  for line, (layer, channel) in zip(axes, kinds, strict=True):
-    for axis, t in zip(line, times, strict=True):
+  beside = 2 if len(times) <= 5 else 1
+  lines = -(-len(kinds) // beside)
+  # A column between, for the names.
+  columns = beside * len(times) + beside - 1
+  height = (style.WIDE - 0.6) / columns
+  figure = Figure(figsize=(style.WIDE, 0.3 + lines * height))
+  axes = figure.subplots(lines, columns, squeeze=False)
+  for axis in axes.flat:
+    axis.set_axis_off()
+  for place, (layer, channel) in enumerate(kinds):
+    line, part = divmod(place, beside)
+    start = part * (len(times) + 1)
+    for axis, t in zip(axes[line, start:], times, strict=False):
       mine = style.where(rows, layer=layer, channel=channel, timestep=t)
       shape = mine[-1]['y'] + 1, mine[-1]['x'] + 1
-      axis.imshow(
-        style.column(mine, 'spike').reshape(shape), cmap='gray_r', vmin=0,
-        vmax=1,
-      )  # fmt: skip
+      spikes = style.column(mine, 'spike').reshape(shape)
+      axis.imshow(spikes, cmap='gray_r', vmin=0, vmax=1)
+      axis.set_axis_on()
       axis.set(xticks=[], yticks=[])
       axis.grid(False)
       axis.spines[['top', 'right']].set_visible(True)
-    line[0].set_ylabel(
+      if line == 0:
+        axis.set_title(f't = {t}', fontsize=8)
+    axes[line, start].set_ylabel(
       f'{layer}\n#{channel}', fontsize=7, rotation=0, ha='right', va='center'
     )
-  for axis, t in zip(axes[0], times, strict=True):
-    axis.set_title(f't = {t}', fontsize=8)
   return figure
 
 

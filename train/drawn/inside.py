@@ -208,14 +208,13 @@ def draw_landscapes(rows):
   names = style.values(rows, 'run')
   figure, axes = style.panels(len(names), 2, 2.3, sharex=True, sharey=True)
   losses = style.column(rows, 'loss')
-  levels = np.geomspace(losses.min(), losses.max(), 13)
+  # A little more, so that the ends are within.
+  levels = np.geomspace(losses.min() / 1.001, losses.max() * 1.001, 13)
   for axis, name in zip(axes, names, strict=True):
     mine = style.where(rows, run=name)
     x = style.values(mine, 'first')
     grid = style.column(mine, 'loss').reshape(len(x), len(x)).T
-    image = axis.contourf(
-      x, x, grid, levels, cmap='viridis', norm='log', extend='both'
-    )
+    image = axis.contourf(x, x, grid, levels, cmap='viridis', norm='log')
     lines = axis.contour(
       x, x, grid, levels[::2], colors='white', linewidths=0.6
     )
