@@ -147,6 +147,11 @@ def compared(accuracies, which='first'):
   }
 
 
+def probability(p):
+  """A p value, as it is printed."""
+  return '-' if p is None else f'{p:.4f}' if p >= 1e-4 else '< 1e-4'
+
+
 def lines(found):
   """Yields the lines of the tables of `compared`."""
   from train import tables
@@ -167,9 +172,7 @@ def lines(found):
       f'{row["method"]} - {row["against"]}': [
         f'{row["difference_percent"]:+.2f}',
         f'{row["low_percent"]:+.2f} to {row["high_percent"]:+.2f}',
-        f'{row["p"]:.4f}',
-        f'{row["p_holm"]:.4f}',
-        '-' if row['p_signs'] is None else f'{row["p_signs"]:.4f}',
+        *(probability(row[name]) for name in ('p', 'p_holm', 'p_signs')),
         row['word'],
       ]
       for row in found['pairs']

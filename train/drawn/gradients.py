@@ -137,6 +137,11 @@ def reach(all_flows):
   return rows
 
 
+def tenths(value):
+  """A number with one decimal, and no -0.0."""
+  return f'{round(value, 1) + 0.0:.1f}'
+
+
 def draw_reach(rows):
   """A table a run."""
   names = style.values(rows, 'run')
@@ -147,9 +152,7 @@ def draw_reach(rows):
     mine = style.where(rows, run=name)
     own = style.values(mine, 'layer')
     cells = style.column(mine, 'share_percent').reshape(len(own), -1)
-    image = style.table(
-      axis, cells, own, range(cells.shape[1]), '{:.1f}', scale
-    )
+    image = style.table(axis, cells, own, range(cells.shape[1]), tenths, scale)
     axis.set_title(name)
   figure.colorbar(image, ax=list(axes), label='of dL/du (%)')
   figure.supxlabel(
@@ -281,8 +284,10 @@ REACH = page.Entry(
   '14_gradient_reach',
   'How far gradients reach in time',
   'Of the gradient into a membrane, the part that came by a spike so many '
-  'timesteps later; mean over the timesteps from which so many are left. What '
-  'is all at 0 learns from the present only.',
+  'timesteps later; mean over the timesteps from which so many are left. '
+  'Projections on the whole: they sum to 100 % from every timestep, and one '
+  'that points the other way is negative. What is all at 0 learns from the '
+  'present only.',
   reach,
   draw_reach,
 )

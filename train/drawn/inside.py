@@ -208,6 +208,7 @@ def draw_landscapes(rows):
   names = style.values(rows, 'run')
   figure, axes = style.panels(len(names), 2, 2.3, sharex=True, sharey=True)
   losses = style.column(rows, 'loss')
+  losses = losses[np.isfinite(losses)]
   # A little more, so that the ends are within.
   levels = np.geomspace(losses.min() / 1.001, losses.max() * 1.001, 13)
   for axis, name in zip(axes, names, strict=True):
