@@ -161,11 +161,11 @@ def test_a_comparison_resumes_and_runs_nothing_twice(tmp_path):
   assert process.returncode == 75, err
   assert 'of 4 runs done; the same command resumes' in err
 
-  out, _ = job_test.run(*command)
+  _, err = job_test.run(*command)
   for method in 'vanilla', 'ds_atgo':
     for seed in 0, 1:
       result = metrics.read_json(folder / method / f'seed_{seed}/result.json')
-      assert f'{method}, seed {seed}: test accuracy' in out
+      assert f'{method}, seed {seed}: test accuracy' in err
       found = metrics.read_json(folder / 'comparison.json')
       told = found['methods'][method]['accuracies'][str(seed)]
       assert told == 100 * result['accuracy']
@@ -182,9 +182,10 @@ def test_a_comparison_resumes_and_runs_nothing_twice(tmp_path):
   gone = folder / 'vanilla' / 'seed_1'
   result = (gone / 'result.json').read_text()
   gone.rename(tmp_path / 'gone')
-  out, _ = job_test.run(*command, '--pairs=previous')
-  assert '3 of 4 runs are finished: not run again' in out
-  assert out.count('test accuracy ') == 1
+  out, err = job_test.run(*command, '--pairs=previous', '--json')
+  assert '3 of 4 runs are finished: not run again' in err
+  assert err.count('test accuracy ') == 1
+  assert json.loads(out) == metrics.read_json(folder / 'comparison.json')
   again = json.loads((gone / 'result.json').read_text())
   assert again['accuracy'] == json.loads(result)['accuracy']
   after = times(folder)
@@ -201,9 +202,10 @@ def times(folder):
 
 @pytest.mark.sample
 def test_what_is_wrong_with_a_comparison_is_one_line(tmp_path):
+  path = tiny.save(tmp_path / 'data.npz', train=32, test=6)
   given = (
     '--config=configs/digits.py', '--config.dataset=npz',
-    f'--config.data_path={tmp_path / "none.npz"}', f'--workdir={tmp_path}',
+    f'--config.data_path={path}', f'--workdir={tmp_path}',
   )  # fmt: skip
   for flags, message in (
     (('--seeds=1',), 'error: expected --seeds of 2 or more, got 1'),
@@ -212,12 +214,15 @@ def test_what_is_wrong_with_a_comparison_is_one_line(tmp_path):
     (('--methods=at,it',), 'error: expected methods of vanilla, at'),
   ):
     assert job_test.fail('compare', *given, *flags).startswith(message)
-  process = job_test.start('compare', *given, *FLAGS, '--jobs=1')
+  none = f'--config.data_path={tmp_path / "none.npz"}'
+  assert 'none.npz' in job_test.fail('compare', *given, none, *FLAGS)
+  wrong = '--config.learning_rate=-1'
+  process = job_test.start('compare', *given, *FLAGS, '--jobs=1', wrong)
   out, err = process.communicate()
-  line = err.splitlines()[-1]
-  assert process.returncode == 1 and out.count('ended with an error') == 1
-  assert line.startswith(
-    'error: expected every run to come to its end, got van'
+  assert process.returncode == 1
+  assert out == '' and err.count('ended with an error') == 1
+  assert err.splitlines()[-1].startswith(
+    'error: expected every run to come to its end, got vanilla, seed 0: '
+    'config.learning_rate must be positive'
   )
-  assert 'none.npz' in line
   assert not list(pathlib.Path(tmp_path).glob('*/*/result.json'))

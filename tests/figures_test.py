@@ -160,8 +160,9 @@ def test_files_and_a_page_that_hold_them(tmp_path):
 
 def test_neurons_of_a_sample_are_in_order():
   spikes = np.array([[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1]])
-  assert example.sample(spikes, 4).tolist() == [1, 2, 3, 0]
-  assert example.sample(spikes, 2).tolist() == [1, 3]
+  assert example.sample(spikes, 4).tolist() == [1, 2, 3]
+  assert example.sample(spikes, 2).tolist() == [1, 2]
+  assert example.sample(0 * spikes, 2).tolist() == [0, 2]
   assert example.active(spikes, 4) == [1, 2, 3, 0]
 
 

@@ -224,7 +224,7 @@ def write(workdir, runs, found):
 
 def main():
   """Trains what is to be trained, and compares it."""
-  from train import jobs, lock
+  from train import data, jobs, lock
   from train.drawn import runs as runs_lib
 
   workdir, methods = pathlib.Path(command.WORKDIR.value), METHODS.value
@@ -248,6 +248,8 @@ def main():
       folder = workdir / method / f'seed_{seed}'
       planned.append(jobs.Run(f'{method}, seed {seed}', folder, config))
   with lock.hold(workdir):
+    # Prepared once, where need be; what is wrong with them is told at once.
+    data.load(command.CONFIG.value)
     jobs.train(
       planned,
       JOBS.value or jobs.default_jobs(),

@@ -89,7 +89,7 @@ def train(runs, jobs, command, compiled):
   """
   left = [run for run in runs if not is_finished(run)]
   if finished := len(runs) - len(left):
-    print(f'{finished} of {len(runs)} runs are finished: not run again')
+    say(f'{finished} of {len(runs)} runs are finished: not run again')
   jobs = min(jobs, len(left))
   free, children, wrong, told = list(range(jobs)), {}, {}, set()
   with signals() as received:
@@ -194,8 +194,13 @@ def ended(child, received):
   else:
     accuracy = metrics.read_json(run.workdir / 'result.json')['accuracy']
     line, error = f'test accuracy {accuracy:.2%}', None
-  tqdm.tqdm.write(f'{run.name}: {line}')
+  say(f'{run.name}: {line}')
   return error
+
+
+def say(line):
+  """Prints a line above the progress bars."""
+  tqdm.tqdm.write(line, file=sys.stderr)
 
 
 def last_line(workdir):

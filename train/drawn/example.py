@@ -70,8 +70,8 @@ def draw_feature_maps(rows):
   return figure
 
 
-def raster(networks, num_neurons=60):
-  """Rows: the spikes of some neurons of a few layers, most active first."""
+def raster(networks, num_neurons=40):
+  """Rows: the spikes of some neurons that fire, of a few layers."""
   network, rows = networks[0], []
   told = one_example(network)
   for layer in ends(network.layers):
@@ -79,6 +79,7 @@ def raster(networks, num_neurons=60):
     rows += [
       {
         'layer': layer,
+        'fire_at_all_percent': 100 * float(np.mean(spikes.any(0))),
         'neuron': int(neuron),
         'timestep': t + 1,
         'spike': int(spikes[t, neuron]),
@@ -95,9 +96,14 @@ def flat(values):
 
 
 def sample(spikes, count):
-  """So many neurons, evenly from the most active to the least."""
+  """So many neurons of those that fire, from the most active to the least.
+
+  Of all, if none does.
+  """
   order = np.argsort(-spikes.sum(0), kind='stable')
-  return order[np.arange(min(count, len(order))) * len(order) // count]
+  order = order[: np.count_nonzero(spikes.any(0)) or None]
+  count = min(count, len(order))
+  return order[np.arange(count) * len(order) // count]
 
 
 def draw_raster(rows):
@@ -112,10 +118,12 @@ def draw_raster(rows):
     axis.scatter(
       style.column(fired, 'timestep'),
       [places[row['neuron']] for row in fired],
-      marker='|', s=14, linewidth=1.4, color='black',
+      marker='|', s=10, linewidth=1.6, color='black',
     )  # fmt: skip
     axis.set_ylim(len(neurons), -1)
-    axis.set_title(layer)
+    axis.set_yticks([])
+    percent = mine[0]['fire_at_all_percent']
+    axis.set_title(f'{layer}: {percent:.0f} % fire')
     times = max(style.values(mine, 'timestep'))
     axis.set_xlim(0.5, times + 0.5)
     style.timesteps(axis, times)
@@ -204,8 +212,9 @@ FEATURE_MAPS = page.Entry(
 RASTER = page.Entry(
   '17_raster',
   'Spikes of one example',
-  'A mark is a spike. Neurons evenly from the most active to the least, of the '
-  'first, the middle and the last layer of the first run, for one test image.',
+  'A mark is a spike, a line a neuron, of those that fire at all at one test '
+  'image: evenly from the most active to the least, of the first, the middle '
+  'and the last layer of the first run. In the title: how many do.',
   raster,
   draw_raster,
 )

@@ -192,6 +192,7 @@ def draw_spectrum(rows):
   """A line a run; the ends of the spectrum marked."""
   figure = Figure(figsize=(style.WIDE, 3))
   axis = figure.subplots()
+  floor, top = style.column(rows, 'density').max() * np.array([1e-6, 2])
   for run, look in style.looks(style.values(rows, 'run')).items():
     mine = style.where(rows, run=run)
     x, y = style.column(mine, 'eigenvalue'), style.column(mine, 'density')
@@ -200,10 +201,13 @@ def draw_spectrum(rows):
       x, y, color=look['color'], linestyle=look['linestyle'], linewidth=1.3,
       label=f'{run}: {low:.2g} to {high:.2g}',
     )  # fmt: skip
-  top = style.column(rows, 'density').max()
+    axis.plot(
+      [low, high], [floor, floor], look['marker'], color=look['color'],
+      clip_on=False, markersize=6,
+    )  # fmt: skip
   axis.set(
     xlabel='eigenvalue of the Hessian', ylabel='density', yscale='log',
-    ylim=(1e-6 * top, 2 * top),
+    ylim=(floor, top),
   )  # fmt: skip
   style.legend(figure, axis, 2)
   return figure
@@ -237,6 +241,7 @@ def draw_energies(rows):
   """Bars by layer and in total, the ReLU twin first."""
   names = style.values(rows, 'run')
   layers = [*style.values(rows, 'layer'), 'total']
+  kinds = {row['layer']: f' ({row["kind"]})' for row in rows}
   columns = {'ReLU twin': ('relu_energy_nj', names[0])}
   columns |= {name: ('energy_nj', name) for name in names}
   figure = Figure(
@@ -254,9 +259,10 @@ def draw_energies(rows):
       [told.get(layer, 0) for layer in layers],
       height=height, label=name, **style.bar(looks[name]),
     )  # fmt: skip
-  axis.set_yticks(range(len(layers)), layers, fontsize=8)
+  labels = [layer + kinds.get(layer, '') for layer in layers]
+  axis.set_yticks(range(len(layers)), labels, fontsize=8)
   axis.invert_yaxis()
-  axis.set(xscale='log', xlabel='energy of an inference (nJ)')
+  axis.set(xlabel='energy of an inference (nJ)')
   style.legend(figure, axis)
   return figure
 
@@ -296,8 +302,8 @@ SPECTRUM = page.Entry(
   'The spectrum of the Hessian',
   'Density of the eigenvalues of the formal Hessian (that of the '
   'straight-through twin) in training mode on a small batch, by one random '
-  'vector and few products: its ends are good, its details are not. The wider, '
-  'the more curved.',
+  'vector and few products: its ends, the markers, are good, its details are '
+  'not. The wider, the more curved.',
   spectrum,
   draw_spectrum,
 )
@@ -305,7 +311,8 @@ ENERGY = page.Entry(
   '16_energy',
   'Energy beside the ReLU twin',
   'Synaptic operations of an inference, at 0.9 pJ for an accumulate and 4.6 pJ '
-  'for a multiply-accumulate (45 nm), on a logarithmic scale. The twin is the '
+  'for a multiply-accumulate (45 nm). A layer that takes spikes accumulates '
+  '(AC); one that takes images or averages multiplies (MAC). The twin is the '
   'same network with every connection multiplied, once.',
   energies,
   draw_energies,

@@ -122,6 +122,7 @@ def network(run, size=64):
     ValueError: no checkpoint, or the data are not those of the run.
   """
   model, variables, config = train.load(run.workdir)
+  model = model.clone(remat=None)  # Which has no second derivatives.
   _, info = checkpoints.expect(run.workdir)
   dataset = data.load(config)
   settings.check_unchanged(info, 'data', data.describe(dataset))
