@@ -271,9 +271,9 @@ NORMS = page.Entry(
   '12_gradient_norm',
   'Gradients by layer and timestep',
   'The norm of the gradient that reaches the membranes, in training mode on a '
-  'small batch; colours are the same for all runs, a decade a step of the '
-  'scale. Rows that darken towards the input die in depth, columns that darken '
-  'towards early timesteps die in time.',
+  'small batch; colours are the same for all runs, and logarithmic. Rows that '
+  'darken towards the input die in depth, columns that darken towards early '
+  'timesteps die in time.',
   norms,
   draw_norms,
 )

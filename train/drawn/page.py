@@ -18,9 +18,8 @@ PAGE = """<!DOCTYPE html>
 <style>
 body {{font: 15px/1.5 sans-serif; max-width: 76em; margin: 1.5em auto;
   padding: 0 1em; color: #222; background: #fff}}
-main {{display: grid; gap: 2em; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 33em), 1fr))}}
-section {{min-width: 0}}
+main {{columns: 2 33em; column-gap: 2em}}
+section {{break-inside: avoid; margin-bottom: 2em}}
 h2 {{font-size: 1.1em; margin: 0 0 0.4em}}
 img {{width: 100%; height: auto}}
 pre {{background: #f4f4f4; padding: 1em; overflow-x: auto}}
