@@ -21,7 +21,7 @@ METHODS = 'vanilla', 'ds_atgo', 'mpd_agl', 'learnable_threshold'
 def test_a_method_has_settings_of_its_own():
   config = digits.get_config()
   found = compare.varied(
-    config, 'ds_atgo+threshold=estimated+f_c=2+num_steps=6+cut=("reset",)'
+    config, 'ds_atgo+threshold=estimated+f_c=2+num_steps=6+cut=["reset"]'
   )
   assert found.method == 'ds_atgo' and found.num_steps == 6
   assert (found.neuron.threshold, found.neuron.f_c) == ('estimated', 2.0)

@@ -130,7 +130,7 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
   assert names == ['at, a', 'at, b', 'tgo', 'at+f_c=2']
   with pytest.raises(ValueError, match='different names, got at, a twice'):
     runs.named([folders[0], folders[0]])
-  with pytest.raises(ValueError, match='expected a finished run in .*, got no'):
+  with pytest.raises(ValueError, match='a run with a result in .*, got none'):
     runs.named([tmp_path])
 
 

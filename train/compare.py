@@ -6,7 +6,7 @@ r"""Compares methods: several seeds each, all from the same start.
 Takes the same `--config.FIELD=...` as `train.main`. A seed gives every method
 the same weights and the same batches. Settings of a method's own follow its
 name: `ds_atgo+threshold=estimated+f_c=0.5`, fields of `config.neuron`, of the
-config, or attributes of the network.
+config, or attributes of the network; a tuple as a list, `at+cut=['reset']`.
 
 What is compared is the accuracy of the last epoch on the test split, by a
 paired t test over the seeds, with its 95 % interval; p is adjusted for the
@@ -79,6 +79,8 @@ def varied(config, method):
       value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
       value = text
+    if isinstance(value, list):
+      value = tuple(value)
     place = next(
       (fields for fields in (config.neuron, config) if field in fields),
       config.model_args,
@@ -246,22 +248,20 @@ def main():
       config = varied(command.CONFIG.value, method)
       config.seed = seed
       folder = workdir / method / f'seed_{seed}'
-      planned.append(jobs.Run(f'{method}, seed {seed}', folder, config))
+      run = jobs.Run(f'{method}, seed {seed}', folder, config)
+      planned.append((method, run))
   with lock.hold(workdir):
     # Prepared once, where need be; what is wrong with them is told at once.
     data.load(command.CONFIG.value)
     jobs.train(
-      planned,
+      [run for _, run in planned],
       JOBS.value or jobs.default_jobs(),
       'train.compare',
       workdir.absolute() / 'compiled',
     )
-    told = [
-      runs_lib.told(run.workdir, method)
-      for method in methods
-      for run in planned
-      if run.workdir.parent.name == method
-    ]
+    # One method after the other, each by its seeds.
+    planned.sort(key=lambda one: methods.index(one[0]))
+    told = [runs_lib.told(run.workdir, method) for method, run in planned]
     accuracies = {method: {} for method in methods}
     for run in told:
       seed = run.config['seed']

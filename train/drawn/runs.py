@@ -69,7 +69,9 @@ def told(workdir, name=''):
   config = metrics.read_json(workdir / 'config.json')
   epochs = [line for line in metrics.read(workdir) if 'layers' in line]
   if not (result and config and epochs):
-    raise ValueError(f'expected a finished run in {workdir}, got none')
+    raise ValueError(
+      f'expected a run with a result in {workdir}, got none: is it finished?'
+    )
   return Told(name or config['method'], workdir, config, epochs, result)
 
 
