@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from matplotlib import colors
 from matplotlib.figure import Figure
 
 from dsatgo_jax.analysis import curvature, energy, flow
@@ -61,7 +62,8 @@ def draw_norms(rows):
   names = style.values(rows, 'run')
   layers = len(style.values(rows, 'layer'))
   figure, axes = style.panels(len(names), 2, 0.55 + 0.2 * layers)
-  scale = plots.decades(style.column(rows, 'u'))
+  # Where no gradient comes there is nothing to colour.
+  scale = plots.decades(style.column(rows, 'u')) or colors.LogNorm(0.1, 1)
   for axis, name in zip(axes, names, strict=True):
     mine = style.where(rows, run=name)
     own = style.values(mine, 'layer')
@@ -70,7 +72,15 @@ def draw_norms(rows):
     positive = np.where(cells > 0, cells, np.nan)
     image = style.table(axis, positive, own, times, plots.short, scale)
     axis.set_title(name)
-  figure.colorbar(image, ax=list(axes), label='norm of dL/du')
+  ticks = np.geomspace(scale.vmin, scale.vmax, 3)
+  bar = figure.colorbar(
+    image,
+    ax=list(axes),
+    ticks=ticks,
+    format=lambda value, _: plots.short(value),
+  )
+  bar.set_label('norm of dL/du')
+  bar.ax.minorticks_off()
   figure.supxlabel('timestep', fontsize=9)
   return figure
 
@@ -147,7 +157,7 @@ def draw_reach(rows):
   names = style.values(rows, 'run')
   layers = len(style.values(rows, 'layer'))
   figure, axes = style.panels(len(names), 2, 0.55 + 0.2 * layers)
-  scale = style.colors.Normalize(0, 100)
+  scale = colors.Normalize(0, 100)
   for axis, name in zip(axes, names, strict=True):
     mine = style.where(rows, run=name)
     own = style.values(mine, 'layer')
@@ -245,7 +255,7 @@ def draw_energies(rows):
   columns = {'ReLU twin': ('relu_energy_nj', names[0])}
   columns |= {name: ('energy_nj', name) for name in names}
   figure = Figure(
-    figsize=(style.WIDE, 0.9 + 0.13 * (len(columns) + 1) * len(layers))
+    figsize=(style.WIDE, 0.9 + 0.11 * (len(columns) + 1) * len(layers))
   )
   axis = figure.subplots()
   height = 0.85 / len(columns)
@@ -259,6 +269,7 @@ def draw_energies(rows):
       [told.get(layer, 0) for layer in layers],
       height=height, label=name, **style.bar(looks[name]),
     )  # fmt: skip
+  axis.margins(y=0.01)
   labels = [layer + kinds.get(layer, '') for layer in layers]
   axis.set_yticks(range(len(layers)), labels, fontsize=8)
   axis.invert_yaxis()

@@ -77,7 +77,7 @@ def draw_membranes(rows):
       style.timesteps(axis, len(t))
       axis.set_xlabel('')
   figure.supxlabel('timestep', fontsize=9)
-  figure.supylabel('membrane potential u, before the reset', fontsize=9)
+  figure.supylabel('membrane potential u', fontsize=9)
   style.legend(figure, axes[0, 0])
   return figure
 
@@ -219,11 +219,11 @@ def draw_landscapes(rows):
     lines = axis.contour(
       x, x, grid, levels[::2], colors='white', linewidths=0.6
     )
-    axis.clabel(lines, fmt='%.2g', fontsize=6)
+    axis.clabel(lines, fmt='%.3g', fontsize=6)
     axis.plot(0, 0, '*', color='white', markeredgecolor='black', markersize=9)
     axis.set_title(name)
     axis.grid(False)
-  bar = figure.colorbar(image, ax=list(axes), format='%.2g', ticks=levels[::3])
+  bar = figure.colorbar(image, ax=list(axes), format='%.3g', ticks=levels[::3])
   bar.set_label('loss (nats)')
   bar.ax.minorticks_off()
   figure.supxlabel(

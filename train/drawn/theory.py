@@ -204,7 +204,9 @@ def similarity(networks):
   network = networks[0]
   layer, channels = first_layer(network), network.raw.shape[-1]
   if layer is None or channels not in (1, 3):
-    return 'a photograph has one channel or three, and this network takes none'
+    return (
+      'the network takes neither one channel nor three, as photographs have'
+    )
   decay, num_steps = network.config.neuron.decay, network.config.num_steps
   if 'w' in layer['neuron']:
     decay = float(jax.nn.sigmoid(layer['neuron']['w']))
