@@ -313,17 +313,19 @@ def test_a_file_in_the_place_of_the_workdir_is_one_line(npz, tmp_path):
   (tmp_path / 'file').touch()
   line = fail('main', *TINY, npz, workdir)
   assert line.startswith('error: expected a workdir that can be written, got')
-  for command in 'evaluate', 'report':
+  for command in 'evaluate', 'report', 'figures':
     assert fail(command, workdir).startswith('error: expected a run with ')
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize('command', ['main', 'seeds', 'evaluate', 'report'])
+@pytest.mark.parametrize(
+  'command', ['main', 'seeds', 'compare', 'evaluate', 'report', 'figures']
+)
 def test_help_tells_the_flags_that_are_needed(command):
   process = start(command, '--help')
   out, err = process.communicate()
   assert f'python -m train.{command} ' in out and '--workdir:' in out
-  if command in ('main', 'seeds'):
+  if command in ('main', 'seeds', 'compare'):
     assert '--config:' in out and '--config.' in out
 
 

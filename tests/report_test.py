@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsatgo_jax import statistics
-from train import figures, metrics, report
+from train import metrics, plots, report
 
 
 def layers_of(names, num_steps, rng):
@@ -98,13 +98,13 @@ def test_the_page_holds_the_plots_and_the_result(workdir):
   path = report.write(workdir)
   assert path == workdir / 'report.html'
   page = path.read_text()
-  names = [name for name, *_ in (*figures.FIGURES, *figures.RESULT)]
-  plots = {path.stem: path for path in (workdir / 'plots').glob('*.png')}
-  assert set(plots) == set(names)
+  names = [name for name, *_ in (*plots.FIGURES, *plots.RESULT)]
+  drawn = {path.stem: path for path in (workdir / 'plots').glob('*.png')}
+  assert set(drawn) == set(names)
   images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
   assert len(images) == len(names)
   for name, image in zip(names, images, strict=True):
-    content = plots[name].read_bytes()
+    content = drawn[name].read_bytes()
     assert content.startswith(b'\x89PNG')
     assert base64.b64decode(image) == content
   assert not re.search(r'(src|href)="(?!data:)', page)
@@ -127,7 +127,7 @@ def test_the_page_warns_and_takes_results_of_older_runs(workdir):
 
 def test_confusions_are_counted_and_coloured():
   counts = np.array([[30, 10, 0], [5, 19, 16], [0, 0, 0]])
-  axes, _ = figures.confusion({'confusion': counts.tolist()}).axes
+  axes, _ = plots.confusion({'confusion': counts.tolist()}).axes
   expected = [[75, 25, 0], [12.5, 47.5, 40], [0, 0, 0]]
   np.testing.assert_allclose(axes.images[0].get_array(), expected)
   texts = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
@@ -135,7 +135,7 @@ def test_confusions_are_counted_and_coloured():
     at: str(count) for at, count in np.ndenumerate(counts) if count
   }
   assert axes.get_xlabel() == 'taken for' and axes.get_ylabel() == 'class'
-  many = figures.confusion({'confusion': np.eye(100).tolist()}).axes[0]
+  many = plots.confusion({'confusion': np.eye(100).tolist()}).axes[0]
   assert not many.texts
 
 
@@ -143,7 +143,7 @@ def test_a_run_that_goes_on_can_be_drawn(workdir):
   (workdir / 'result.json').unlink()
   page = report.write(workdir).read_text()
   assert 'not finished' in page and 'Test accuracy' not in page
-  assert len(list((workdir / 'plots').glob('*.png'))) == len(figures.FIGURES)
+  assert len(list((workdir / 'plots').glob('*.png'))) == len(plots.FIGURES)
 
 
 def test_no_epoch_is_an_error(tmp_path):
@@ -167,7 +167,7 @@ def test_the_headline_says_what_was_chosen_on_what():
 def test_curves_are_the_metrics(workdir):
   epochs = [line for line in metrics.read(workdir) if 'layers' in line]
   result = metrics.read_json(workdir / 'result.json')
-  loss, accuracy = figures.curves(epochs, result).axes
+  loss, accuracy = plots.curves(epochs, result).axes
   lines = {line.get_label(): line for line in accuracy.lines}
   assert set(lines) == {'train', 'validation', 'test, last checkpoint'}
   np.testing.assert_allclose(lines['train'].get_ydata(), [0, 50, 200 / 3])
@@ -178,7 +178,7 @@ def test_curves_are_the_metrics(workdir):
   assert lines['train'].get_xdata().tolist() == [1, 2, 3]
   np.testing.assert_allclose(loss.lines[0].get_ydata(), [1, 1 / 2, 1 / 3])
 
-  threshold, width, _ = figures.over_training(('theta', 'width'), 1)(
+  threshold, width, _ = plots.over_training(('theta', 'width'), 1)(
     epochs, result
   ).axes
   assert len(threshold.lines) == len(width.lines) == 12
@@ -189,7 +189,7 @@ def test_curves_are_the_metrics(workdir):
     [np.mean(line['layers']['block3/conv']['theta']) for line in epochs],
   )
 
-  rate = figures.activity(epochs, result).axes[0]
+  rate = plots.activity(epochs, result).axes[0]
   numbers = np.array([float(text.get_text()) for text in rate.texts])
   expected = [layer['firing_rate'] for layer in result['layers'].values()]
   np.testing.assert_allclose(
@@ -233,7 +233,7 @@ def test_watched_steps_are_drawn_beside_the_rest(workdir):
   rng = np.random.default_rng(0)
   watch(workdir, *(watched_of(NAMES, 5, rng) for _ in range(2)))
   page = report.write(workdir).read_text()
-  kinds = figures.FIGURES, figures.RESULT, figures.WATCHED
+  kinds = plots.FIGURES, plots.RESULT, plots.WATCHED
   names = [name for kind in kinds for name, *_ in kind]
   assert {path.stem for path in (workdir / 'plots').glob('*.png')} == set(names)
   assert page.count('src="data:image/png') == len(names)
@@ -244,7 +244,7 @@ def test_gradients_are_those_of_the_last_watched_step():
   rng = np.random.default_rng(0)
   watched = [watched_of(NAMES, 5, rng, faint) for faint in (1, 1e-9)]
   lines = [{'epoch': i, 'watch': one} for i, one in enumerate(watched)]
-  norms, shares, bar = figures.gradient_flow(lines).axes
+  norms, shares, bar = plots.gradient_flow(lines).axes
   texts = [text.get_text() for text in norms.texts]
   assert texts[:5] == ['2.0e-9'] * 5 and texts[-1] == '2.4e-8'
   labels = [label.get_text() for label in norms.get_yticklabels()]
@@ -253,13 +253,13 @@ def test_gradients_are_those_of_the_last_watched_step():
   # A decade or more, so that what is nearly alike looks so.
   low, high = norms.images[0].get_clim()
   assert (low, high) == pytest.approx((2e-9, 2.4e-8))
-  assert figures.decades(np.array([1.0, 2.0, 0.0])).vmax / (
-    figures.decades(np.array([1.0, 2.0])).vmin
+  assert plots.decades(np.array([1.0, 2.0, 0.0])).vmax / (
+    plots.decades(np.array([1.0, 2.0])).vmin
   ) == pytest.approx(10)
   widths = [patch.get_width() for patch in shares.patches]
   np.testing.assert_allclose(widths, [75] * 12 + [25] * 12 + [0] * 12)
 
-  weights, membranes, _ = figures.gradients_over_training(lines).axes
+  weights, membranes, _ = plots.gradients_over_training(lines).axes
   assert weights.get_yscale() == membranes.get_yscale() == 'log'
   assert len(weights.lines) == 13 and len(membranes.lines) == 12
   assert weights.lines[2].get_ydata().tolist() == [15, 15]
@@ -270,7 +270,7 @@ def test_gradients_are_those_of_the_last_watched_step():
 
 
 def test_names_that_begin_alike_are_layers_of_their_own():
-  found = figures.by_layer(
+  found = plots.by_layer(
     {
       'flow': {'conv1': {}, 'conv10': {}},
       'gradient_norm': {'conv1/w': 3.0, 'conv1/b': 4.0, 'conv10/w': 7.0},
@@ -281,16 +281,16 @@ def test_names_that_begin_alike_are_layers_of_their_own():
 
 def test_of_many_timesteps_some_are_named():
   lines = [{'watch': watched_of(['conv'], 35, np.random.default_rng(0))}]
-  (legend,) = figures.membranes(lines).legends
+  (legend,) = plots.membranes(lines).legends
   names = [text.get_text() for text in legend.texts]
   assert names == [f't = {t}' for t in range(1, 36, 4)]
-  assert not figures.gradient_flow(lines).axes[0].texts
+  assert not plots.gradient_flow(lines).axes[0].texts
 
 
 def test_membranes_are_drawn_with_their_window():
   rng = np.random.default_rng(0)
   watched = watched_of(NAMES[:5], 3, rng)
-  figure = figures.membranes([{'epoch': 0, 'watch': watched}])
+  figure = plots.membranes([{'epoch': 0, 'watch': watched}])
   panels = figure.axes[:5]
   assert [axis.axison for axis in figure.axes] == [True] * 5 + [False] * 3
   for axis, shares in zip(panels, watched['histograms'].values(), strict=True):
@@ -312,9 +312,7 @@ def test_gradients_that_vanish_or_are_not_finite_can_be_drawn(value):
   norms = watched['gradient_norm']
   norms.update(dict.fromkeys(norms, value))
   lines = [{'epoch': epoch, 'watch': watched} for epoch in range(2)]
-  for *_, draw in figures.WATCHED:
+  for *_, draw in plots.WATCHED:
     draw(lines).savefig(io.BytesIO())
-  texts = {
-    text.get_text() for text in figures.gradient_flow(lines).axes[0].texts
-  }
+  texts = {text.get_text() for text in plots.gradient_flow(lines).axes[0].texts}
   assert texts == {'0' if value == 0 else '-'}

@@ -13,7 +13,7 @@ import pathlib
 
 import matplotlib
 
-from train import command, figures, health, metrics, tables
+from train import command, health, metrics, plots, tables
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -81,21 +81,21 @@ def write(workdir):
   result = metrics.read_json(workdir / 'result.json')
   config = metrics.read_json(workdir / 'config.json')
   (workdir / 'plots').mkdir(exist_ok=True)
-  with matplotlib.rc_context(figures.STYLE):
+  with matplotlib.rc_context(plots.STYLE):
     parts = [
       embed(workdir, name, caption, draw(epochs, result))
-      for name, caption, draw in figures.FIGURES
+      for name, caption, draw in plots.FIGURES
     ]
     if result and 'confusion' in result:  # The run may be older than it.
       parts += [
         embed(workdir, name, caption, draw(result))
-        for name, caption, draw in figures.RESULT
+        for name, caption, draw in plots.RESULT
       ]
       parts.append(preformatted(tables.class_tables(result['confusion'])))
     if watched:
       parts += [WATCHED.format(step=watched[-1]['step'])] + [
         embed(workdir, name, caption, draw(watched))
-        for name, caption, draw in figures.WATCHED
+        for name, caption, draw in plots.WATCHED
       ]
   page = PAGE.format(
     title=html.escape(
