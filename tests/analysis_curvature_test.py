@@ -440,6 +440,7 @@ def test_four_devices_equal_one():
     close(found, expected)
 
 
+@pytest.mark.sample
 @float64
 def test_shard_map_with_the_mean_inside():
   x, labels = data()

@@ -351,6 +351,7 @@ def test_four_devices_tell_what_one_does(how, expected):
   close(flow.summary(told['flow']), expected[0])
 
 
+@pytest.mark.sample
 @float64
 def test_a_sharded_batch_under_jit(expected):
   mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
@@ -732,6 +733,7 @@ def test_contributions_of_timesteps():
   close(ours['layers/0'], found['Dense_0'])
 
 
+@pytest.mark.sample
 @float64
 def test_contributions_over_devices():
   whole = Net()

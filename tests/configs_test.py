@@ -253,6 +253,7 @@ def test_one_step_of_every_method(method, tmp_path):
   one_step(config, tmp_path)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
   'setting', [{'threshold': 'estimated'}, {'width_signal': 'sigma'}]
 )

@@ -312,7 +312,9 @@ def test_a_workdir_in_use_or_unwritable_ends_before_the_file(config, tmp_path):
     command.from_torch('none.npz', config, tmp_path / 'file')
 
 
-@pytest.mark.parametrize('method', ['ds_atgo', 'vanilla'])
+@pytest.mark.parametrize(
+  'method', ['ds_atgo', pytest.param('vanilla', marks=pytest.mark.sample)]
+)
 @pytest.mark.parametrize('running', [False, True])
 def test_running_thresholds_that_are_missing_are_warned_of(
   config, tmp_path, caplog, method, running
@@ -501,8 +503,16 @@ def test_files_that_are_not_state_dicts(tmp_path):
   ('flags', 'message'),
   [
     ([], 'error: expected --from_torch or --to_torch, and not both\n'),
-    (['--from_torch=a.npz'], 'error: expected --config, for the data and'),
-    (['--from_torch=a.npz', '--config=none.py'], 'error: Configuration is not'),
+    pytest.param(
+      ['--from_torch=a.npz'],
+      'error: expected --config, for the data and',
+      marks=pytest.mark.sample,
+    ),
+    pytest.param(
+      ['--from_torch=a.npz', '--config=none.py'],
+      'error: Configuration is not',
+      marks=pytest.mark.sample,
+    ),
   ],
 )
 def test_command_ends_in_one_line(flags, message, tmp_path):

@@ -721,6 +721,7 @@ def test_dvs_offline_says_where_to_put_the_archives(tmp_path):
 # The digits before an event camera.
 
 
+@pytest.mark.sample
 def test_digits_dvs_is_built_and_harder_than_linear(tmp_path):
   arrays = x_train, x_test, y_train, y_test = digits_dvs.arrays()
   assert x_train.dtype == np.uint8
