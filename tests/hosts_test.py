@@ -18,7 +18,7 @@ from tests.job_test import TINY, run, start
 from train import checkpoints, metrics
 
 FLAGS = (
-  *TINY,
+  *(flag for flag in TINY if 'model_args' not in flag),
   '--config.num_workers=1',
   '--config.dtype=float64',
   "--config.model_args={'stages': ((4,), (4,)), 'param_dtype': 'float64'}",
@@ -70,7 +70,7 @@ def ended(processes):
 
 def wait_for(path, processes):
   while not path.exists():
-    assert all(process.poll() is None for process in processes)
+    assert all(p.poll() is None for p in processes), ended(processes)
     time.sleep(0.01)
 
 
@@ -124,6 +124,19 @@ def test_one_of_two_killed_ends_the_other_and_both_resume(npz, alone, tmp_path):
   assert 'Thread 0x' not in last  # No stacks after what is to be read.
   assert [status for status, *_ in ended(two(tmp_path, npz))] == [0, 0]
   assert_same(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices_and_workers(npz, alone, tmp_path):
+  shutil.copytree(alone, tmp_path / 'run')
+  shutil.rmtree(checkpoints.directory(tmp_path / 'run', 'latest') / '36')
+  out, _ = run(
+    'main', *FLAGS, npz, f'--workdir={tmp_path / "run"}',
+    '--config.num_workers=0', '--config.log_every=1',
+    JAX_NUM_CPU_DEVICES='1', JAX_ENABLE_X64='1',
+  )  # fmt: skip
+  assert 'going on from step 24' in out
+  assert_same(tmp_path / 'run', alone)
 
 
 @pytest.mark.slow
