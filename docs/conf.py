@@ -23,11 +23,13 @@ extensions = [
   'sphinx_copybutton',
   'sphinx_design',
 ]
+smartquotes = False
 html_theme = 'furo'
 html_title = 'dsatgo_jax'
 html_static_path = ['_static']
 html_css_files = ['site.css']
 html_copy_source = False
+html_show_copyright = False
 
 myst_enable_extensions = ['colon_fence', 'attrs_block']
 myst_heading_anchors = 3

@@ -60,11 +60,17 @@ def fenced(text):
   return '\n\n'.join(parts)
 
 
+def sentence(text):
+  """In one line, with a capital."""
+  text = ' '.join(text.split())
+  return text[:1].upper() + text[1:]
+
+
 def attributes(made):
   """What the docstring of a class says of its attributes."""
   text = inspect.getdoc(made).partition('Attributes:\n')[2]
   found = re.findall(r'^  (\w+): (.*(?:\n    .*)*)', text, re.MULTILINE)
-  return {name: ' '.join(said.split()) for name, said in found}
+  return {name: sentence(said) for name, said in found}
 
 
 def table(head, rows):
@@ -85,6 +91,7 @@ def copies():
   pages = {}
   for file in files:
     text = (ROOT / file).read_text().replace('](docs/', '](../')
+    text = text.replace('](examples/', '](../../examples/')
     text = re.sub(r'\[([^\]]+)\]\([\w.]+\)', r'\1', text)
     name = file.removesuffix('/README.md').removesuffix('.md')
     pages[name] = text
@@ -139,8 +146,10 @@ def configs():
   neuron = attributes(linen.SpikingNeuron)
   text = (
     '# Configs, field by field\n\nEvery field can be set on the command line, '
-    '`--config.FIELD=VALUE`. The values are those of `configs/digits.py`; '
-    'below stands how the other configs differ from it.\n\n'
+    '`--config.FIELD=VALUE`. The values here are those of `configs/digits.py`; '
+    'behind it stands how the other configs differ.\n\n## digits\n\n'
+    + '\n\n'.join(docstring(ROOT / 'configs' / 'digits.py'))
+    + '\n\n'
   )
   sections = {}
   for name, (section, comment) in said.items():
@@ -153,7 +162,7 @@ def configs():
     sections.setdefault(section, []).append(cells)
   for section, rows in sections.items():
     text += (
-      f'## {section}\n\n{table(["field", "digits", "what it is"], rows)}\n'
+      f'### {section}\n\n{table(["field", "value", "what it is"], rows)}\n'
     )
   for file in files:
     if file.stem == 'digits':

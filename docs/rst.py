@@ -58,7 +58,9 @@ def shorten(app, what, name, obj, options, signature, returns):
   """Leaves out what every Linen module takes, and where functions lie."""
   if signature:
     signature = re.sub(r',\s*parent=.*', ')', signature, flags=re.DOTALL)
-    signature = re.sub(r'<function ([\w.<>]+?)( at 0x\w+)?>', r'\1', signature)
+    signature = re.sub(
+      r'<function (\w+)[^ ]*?( at 0x\w+)?>(?!\.)', r'\1', signature
+    )
     signature = re.sub(r"<class '([\w.]+)'>", r'\1', signature)
     signature = signature.replace('variance_scaling.<locals>.init', '...')
   return signature, returns
