@@ -46,7 +46,7 @@ def blocks(page):
 def pictures(page):
   """The names of the pictures that a page shows, and its own code draws."""
   shown = re.escape(f'made/{page.stem}/')
-  return re.findall(rf'\]\((?:\.\./)+{shown}([\w.]+)\)', page.read_text())
+  return re.findall(rf'\]\((?:\.\./)*{shown}([\w.]+)\)', page.read_text())
 
 
 def run(page, folder):

@@ -119,16 +119,17 @@ def api():
 
 
 def examples():
-  """A page an example: what it says of itself, and its code."""
+  """A page an example, and the page that lists them."""
   pages, rows = {}, []
   for path in sorted((ROOT / 'examples').glob('[a-z]*.py')):
-    head, rest = docstring(path)
     source = f'../../../examples/{path.name}'
     pages[f'examples/{path.stem}'] = (
-      f'# {path.stem}\n\n{head}\n\n{rest}\n\n'
+      f'# {path.stem}\n\n'
       f'```{{literalinclude}} {source}\n:language: python\n```\n'
     )
-    rows.append([f'[`{path.name}`](examples/{path.stem}.md)', head])
+    rows.append(
+      [f'[`{path.name}`](examples/{path.stem}.md)', docstring(path)[0]]
+    )
   text = (
     '# Examples\n\nEach is one file that runs as it stands, from a checkout. '
     '`--steps` says for how long.\n\n' + table(['file', 'what it shows'], rows)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from docs import pages, rst
+from docs import pages, reference, rst
 from dsatgo_jax import surrogate
 
 SHOWN = {page: pages.blocks(page) for page in pages.written()}
@@ -32,6 +32,16 @@ def test_pictures_are_drawn_by_the_page_that_shows_them():
   for page, code in SHOWN.items():
     for picture in pages.pictures(page):
       assert f"savefig('{picture}')" in ''.join(code), (page, picture)
+
+
+def test_reference_tells_each_field_and_each_public_module():
+  text = reference.configs()
+  for name in reference.fields('digits'):
+    assert f'| `{name}` |' in text, name
+  told = {name for names in reference.MODULES.values() for name in names}
+  files = (pages.DOCS.parent / 'dsatgo_jax').glob('*.py')
+  inner = {'blocks', 'devices', 'dtypes', 'fused', 'kernels', 'version', 'xla'}
+  assert {file.stem for file in files} - {'__init__'} <= told | inner
 
 
 def test_docstrings_become_rst():
