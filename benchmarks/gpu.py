@@ -3,19 +3,20 @@
   pip install -e '.[train,plan-gpu]'
   python -m benchmarks.gpu [--cards h100,rtx4090] [--dtypes bfloat16,float32] \
       [--networks ResNet-19,...] [--ways 1,4-jit,...] \
-      [--neurons spiking,pallas,packed,layer] [--json FILE]
+      [--neurons spiking,pallas,packed,layer,pallas+packed,pallas+layer] \
+      [--sources] [--json FILE]
   python -m benchmarks.gpu --check benchmarks/gpu.json
 
 Neither a driver nor CUDA is needed. Loss and gradients of each network beside
 its twin with ReLU in the place of the neurons, as it is and with
-`kernel='pallas'`, `pack=True` ('packed') and `remat='layer'` ('layer'):
+`kernel='pallas'`, `pack=True` ('packed') and `remat='layer'` ('layer'), or two:
 kernels, MiB moved by those that are no library's, temporary MiB (without
 cuDNN's own) and collectives, a device; on one device, and on four under
 `jax.jit` with a sharded batch, `pmap` and `shard_map`. Nothing runs, so no time
-is measured.
+is measured. `--sources` tells under each row where its kernels come from.
 
 `--check` measures what is in a file again, and fails where a figure has grown
-by more than a tenth.
+by more than a tenth. Where Triton works but on a GPU, it leaves out 'pallas'.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import train_step
-from dsatgo_jax import models
+from dsatgo_jax import models, surrogate
 from train import cards, hlo
 
 # Class, settings, the batch's axis, and the input of one device.
@@ -47,6 +48,8 @@ NEURONS = {
   'pallas': {'kernel': 'pallas'},
   'packed': {'pack': True},
   'layer': {'remat': 'layer'},
+  'pallas+packed': {'kernel': 'pallas', 'pack': True},
+  'pallas+layer': {'kernel': 'pallas', 'remat': 'layer'},
 }
 COLUMNS = ('card', 'dtype', 'network', 'devices', 'neurons')
 NUMBERS = ('kernels', 'MiB moved', 'MiB temporary')
@@ -121,8 +124,8 @@ WAYS = {
 }
 
 
-def measure(card, dtype, name, way, neurons):
-  """Returns the numbers of a row of the table."""
+def compiled(card, dtype, name, way, neurons):
+  """Returns the program of a row of the table."""
   kind, settings, axis, shape = NETWORKS[name]
   kind = train_step.relu_twin(kind) if neurons == 'ReLU' else kind
   settings = settings | NEURONS.get(neurons, {})
@@ -134,7 +137,11 @@ def measure(card, dtype, name, way, neurons):
   labels = jax.ShapeDtypeStruct((shape[axis],), jnp.int32)
   variables = jax.eval_shape(network.init, jax.random.key(0), x)
   arguments = variables, x, labels
-  program = WAYS[way](network, arguments, axis, devices).compile()
+  return WAYS[way](network, arguments, axis, devices).compile()
+
+
+def numbers(program):
+  """Returns those of a row of the table."""
   told = hlo.summary(program.as_text())
   return {
     'kernels': told['kernels'],
@@ -144,13 +151,14 @@ def measure(card, dtype, name, way, neurons):
   }
 
 
-def table(cases):
+def table(cases, with_sources=False):
   """Prints the table, and returns its rows; a twin comes before its network."""
   print('| ' + ' | '.join([*COLUMNS, *NUMBERS, 'collectives']) + ' |')
   print('| --- ' * (len(COLUMNS) + len(NUMBERS) + 1) + '|')
   rows, twin = [], {}
   for case in cases:
-    row = measure(*case)
+    program = compiled(*case)
+    row = numbers(program)
     twin = row if case[-1] == 'ReLU' else twin
     cells = [
       f'{row[n]:.0f}' + f' ({row[n] / twin[n]:.2f})' * (row is not twin)
@@ -159,6 +167,10 @@ def table(cases):
     sent = (f'{row[n]} {n}' for n in row if n not in NUMBERS)
     cells = [*map(str, case), *cells, ', '.join(sent)]
     print('| ' + ' | '.join(cells) + ' |', flush=True)
+    if with_sources:
+      found = sorted(hlo.sources(program.as_text()).items())
+      for key, (launched, size) in found:
+        print(f'  {" ".join(key):30}{launched:6}{size / 2**20:9.1f} MiB')
     rows.append(dict(zip(COLUMNS, case, strict=True)) | row)
   return rows
 
@@ -172,6 +184,15 @@ def grown(rows, kept):
     for name in row
     if name not in COLUMNS and row[name] > GROWTH * old.get(name, 0)
   ]
+
+
+def triton_refusal():
+  """Why no kernel of our own can be compiled here; None if they can be."""
+  try:
+    from dsatgo_jax import kernels
+  except ImportError as error:
+    return error
+  return kernels.refusal_of(surrogate.rectangular)
 
 
 def main():
@@ -191,6 +212,9 @@ def main():
       type=lambda text: text.split(','),
       help='of ' + ','.join(known),
     )
+  parser.add_argument(
+    '--sources', action='store_true', help='where kernels come from'
+  )
   parser.add_argument('--json', metavar='FILE', help='write every number there')
   parser.add_argument(
     '--check', metavar='FILE', help='compare with those that --json wrote'
@@ -199,11 +223,16 @@ def main():
   jax.config.update('jax_platforms', 'cpu')
   if arguments.check:
     kept = json.loads(pathlib.Path(arguments.check).read_text())
+    if refusal := triton_refusal():
+      rest = [row for row in kept['rows'] if row['neurons'] != 'pallas']
+      left_out = len(kept['rows']) - len(rest)
+      print(f"left out {left_out} rows of kernel='pallas': {refusal}")
+      kept['rows'] = rest
     cases = [tuple(row[c] for c in COLUMNS) for row in kept['rows']]
   else:
     arguments.neurons.insert(0, 'ReLU')
     cases = itertools.product(*(getattr(arguments, name) for name in choices))
-  rows = table(cases)
+  rows = table(cases, arguments.sources)
   if arguments.json:
     found = {'jax': jax.__version__, 'rows': rows}
     text = json.dumps(found, indent=1) + '\n'

@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from dsatgo_jax import tdbn
+
 
 class Given(NamedTuple):
   """What kernels read: arrays, their `BlockSpec`s, or references to blocks.
@@ -24,6 +26,7 @@ class Given(NamedTuple):
     theta: of the timesteps so far, [1] each.
     width: likewise.
     known: likewise; spikes are NaN where it is not finite.
+    u: the membrane of a later timestep, before its reset, to go on from.
   """
 
   x: Any
@@ -34,6 +37,21 @@ class Given(NamedTuple):
   theta: Any = ()
   width: Any = ()
   known: Any = ()
+  u: Any = None
+
+
+def given_of(x, v, parameters):
+  """`Given`, without the levels."""
+  norm = parameters.norm
+  if isinstance(norm, tdbn.Own):
+    norm = norm.affine()
+  return Given(
+    batch_major(x),
+    None if v is None else flat(v),
+    jax.tree.map(lambda a: a[None], norm),
+    parameters.decay.reshape(1),
+    parameters.gates,
+  )
 
 
 class Blocks(NamedTuple):
@@ -125,12 +143,10 @@ class Blocks(NamedTuple):
     block = pl.BlockSpec((None, None, None, size), lambda b, m, c: (b, m, c, 0))
     return Output(varying(x, (*self.grid, size), dtype), block)
 
-  def channels(self, size, x, dtype):
-    """An output of so many numbers for each of a program's channels."""
-    block = pl.BlockSpec(
-      (None, None, size, self.width), lambda b, m, c: (b, m, 0, c)
-    )
-    shape = (*self.grid[:2], size, self.shape[3])
+  def channels(self, x, dtype):
+    """An output of a number for each of a program's channels."""
+    block = pl.BlockSpec((None, None, self.width), lambda b, m, c: (b, m, c))
+    shape = (*self.grid[:2], self.shape[3])
     return Output(varying(x, shape, dtype), block)
 
 
@@ -189,23 +205,42 @@ def blocks_of(shape, size, programs=None):
   return blocks
 
 
-def pool(body, parts, most):
-  """Has `body` make one row of up to 1024, until there are few.
+def unit(size):
+  """To divide by: its inverse is finite."""
+  return jnp.clip(size, 1e-30, 1e30)
 
-  Args:
-    body: of the number of rows, a reference to some of them, and to one.
-    parts: [..., n].
-    most: how many rows there may be.
 
-  Returns:
-    [N, n].
-  """
+def pooled(number, parts):
+  """Mean, root of the squares about it and size, of so many parts' [N, 3]."""
+  size = parts.shape[0]
+  mask = pl.program_id(0) * size + jnp.arange(size) < number
+  means, norms, counts = (
+    triton.load(parts.at[:, jnp.int32(i)], mask=mask, other=0) for i in range(3)
+  )
+  most = jnp.max(jnp.where(mask, means, -jnp.inf))
+  distance = jnp.where(mask, means - most, 0)
+  count = jnp.sum(counts)
+  below = -jnp.sum(counts * distance) / count
+  between = jnp.sqrt(counts) * (distance + below)
+  largest = unit(jnp.max(jnp.maximum(norms, jnp.abs(between))))
+  squares = jnp.square(norms * (1 / largest))
+  squares += jnp.square(between * (1 / largest))
+  return most - below, largest * jnp.sqrt(jnp.sum(squares)), count
+
+
+def pool(parts, most):
+  """Pools parts, [..., 3], 1024 at a time, until there are at most so many."""
+
+  def body(number, parts, one):
+    for i, value in enumerate(pooled(number, parts)):
+      one[i] = value
+
   parts = parts.reshape(-1, parts.shape[-1])
   while len(parts) > most:
     shape = pl.cdiv(len(parts), 1024), parts.shape[1]
-    pooled = varying(parts, shape, parts.dtype)
+    like = varying(parts, shape, parts.dtype)
     call = of_rows(
-      functools.partial(body, len(parts)), 'neuron_pools', (parts,), pooled
+      functools.partial(body, len(parts)), 'neuron_pools', (parts,), like
     )
     parts = call(parts)
   return parts
@@ -247,6 +282,20 @@ def refusal(call, *arrays) -> Exception | None:
   except Exception as error:  # Of many kinds, most of them private.
     return error
   return None
+
+
+@functools.lru_cache
+def refusal_of(surrogate) -> Exception | None:
+  """Why Triton does not take the surrogate's derivative; None if it does."""
+
+  def body(x, width, slope):
+    slope[...] = surrogate.gradient(x[...], width[0])
+
+  x, width = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (128, 1))
+  call = pl.pallas_call(
+    body, out_shape=x, compiler_params=triton.CompilerParams()
+  )
+  return refusal(call, x, width)
 
 
 def _power(n):

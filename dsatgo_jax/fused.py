@@ -5,6 +5,7 @@ beyond 16 timesteps in chunks of about sqrt(T) / 2, whose first membranes it
 keeps. The derivatives are the plain scan's, at any order of reverse mode.
 """
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -13,13 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import custom_derivatives, lax
 
-from dsatgo_jax import dynamics, statistics, surrogate, xla
+from dsatgo_jax import dynamics, statistics, surrogate, tdbn, xla
 from dsatgo_jax import probes as tell
 
 
 def run(settings, x, v, t, theta, parameters, running, mask, probes):
   """The scan, beyond 16 timesteps in chunks of about sqrt(T) / 2."""
   num_steps = len(x)
+  parameters = parameters._replace(
+    norm=_norm(settings, x, v, t, theta, parameters, running, mask, probes)
+  )
   if num_steps <= 16 or 'reach' in probes:
     return _fused(settings, x, v, t, theta, parameters, running, mask, probes)
   most = max(4, math.isqrt(num_steps) // 2)
@@ -49,6 +53,20 @@ def run(settings, x, v, t, theta, parameters, running, mask, probes):
   return outputs[0], carry[0], outputs[1]
 
 
+def _norm(settings, x, v, t, theta, parameters, running, mask, probes):
+  """How x is normalised: by its own statistics, if kernels can pull through."""
+  norm = parameters.norm
+  own = getattr(norm, 'own', None)
+  if own is None:
+    return norm
+  alone = theta is None and mask is None and not probes and own.x is None
+  if (
+    alone and len(x) <= 16 and _kernels(settings, x, v, t, parameters, running)
+  ):
+    return own
+  return norm._replace(own=None)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(settings, x, v, t, theta, parameters, running, mask, probes):
   """The scan, with a backward pass that keeps x and the statistics alone."""
@@ -69,7 +87,8 @@ def _fused(settings, x, v, t, theta, parameters, running, mask, probes):
     )
 
   kernel = functools.partial(kernels.forward, settings)
-  return xla.either(kernel, plain, x, v, t, parameters, running)
+  batch = (1, 0, -1, -1, -1), (1, 0, -1)
+  return xla.either(kernel, plain, batch, x, v, t, parameters, running)
 
 
 def _kernels(settings, x, v, t, parameters, running):
@@ -139,7 +158,12 @@ def _backward(settings, residuals, cotangents):
       return jnp.zeros_like(residuals[0], a.dtype, shape=a.shape)
     return a
 
-  return _pull(settings, silent, residuals, jax.tree.map(known, cotangents))
+  cotangents = jax.tree.map(known, cotangents)
+  g_x, g_v, g_parameters, told = _pull(settings, silent, residuals, cotangents)
+  if isinstance(norm := g_parameters.norm, tdbn.Own):  # Which g_x went through.
+    norm = dataclasses.replace(norm, mean=None, inverse=None)
+    g_parameters = g_parameters._replace(norm=norm)
+  return g_x, g_v, None, None, g_parameters, None, None, told
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -153,10 +177,11 @@ def _pull(settings, silent, residuals, cotangents):
   kernels = _kernels(settings, x, v, t, parameters, running)
   if kernels and theta is None and not probes:
     kernel = functools.partial(kernels.backward, settings, silent)
-    pull = functools.partial(xla.either, kernel, pull)
+    batch = (1, 0, -1, -1, -1, -1, -1, 1, 0, -1), (1, 0, -1, -1)
+    pull = functools.partial(xla.either, kernel, pull, batch)
   g_x, g_v, g_parameters, told = pull(*arguments)
   (pooled,) = pool((g_parameters, told))
-  return g_x, g_v, None, None, pooled[0], None, None, pooled[1]
+  return g_x, g_v, *pooled
 
 
 def _pull_steps(
@@ -167,9 +192,8 @@ def _pull_steps(
   measured = record.statistics
   decay, kept = parameters.decay, x.dtype
   g_last = g_spikes[-1].astype(g_v.dtype) + g_v
-  x, pull_x = jax.vjp(
-    dynamics.presynaptic, xla.late(x, g_last, measured), parameters
-  )
+  seen = xla.late(x, g_last, measured)
+  x, pull_x = jax.vjp(dynamics.presynaptic, seen, parameters)
   known = (dynamics.timesteps(t, x), running, measured, theta)
   known = [jax.tree.map(lambda a: a[i], known) for i in range(len(x))]  # noqa: B023
   never = xla.never(x, measured)
@@ -254,6 +278,9 @@ def _pull_steps(
   g_u = xla.gathered([g.astype(kept) for g in reversed(g_u)])
   g_x, g_norm = pull_x(g_u.astype(decay.dtype))
   g_parameters = jax.tree.map(jnp.add, g_parameters, g_norm)
+  if isinstance(norm := parameters.norm, tdbn.Own):
+    shift, slope = norm.through(seen, g_parameters.norm)
+    g_x += (shift + (seen - norm.mean) * slope).astype(kept)
   told = {
     name: jnp.stack(rows[::-1]).astype(probes[name].dtype)
     for name, rows in told.items()

@@ -1,43 +1,49 @@
 """The fused scan as kernels of an NVIDIA GPU, in Pallas (Triton).
 
 A threshold that is measured waits for the whole batch. So forward there are two
-kernels for each timestep, one that makes u[t] of x[0..t] and leaves the moments
-of each block, and one that makes the threshold of them; and a last one that
-fires. Backward there is one. All read x as [B, T, ...], as weights and tdBN
-leave it in memory; membranes stay in registers, and tdBN's sums are taken on
-the way.
+kernels for each timestep, one that makes u[t] of x and leaves the moments of
+each block, and one that makes the threshold of them; and a last one that fires.
+Backward there is one, and one more after the sums of tdBN. All read x as
+[B, T, ...], which is how weights and tdBN leave it in memory. Membranes stay in
+registers, but for one every few timesteps, from where later ones go on.
 
 They are taken for x [T, B, ..., C] in float32, bfloat16 or float16, for levels
-that are scalars and surrogates that `surrogate.custom` made, on one device and
-under `pmap` and `shard_map`. Programs for other devices, `jax.jit` of a sharded
-batch, `vmap`, probes, records, masks (forward) and derivatives of derivatives
-are left to XLA. JAX 0.11 calls Pallas for Triton deprecated; where it is gone,
-`fused` warns, and all is left to XLA.
+that are scalars and surrogates that `surrogate.custom` made, on one device,
+under `pmap` and `shard_map`, and by each device for its part of a batch that is
+sharded under `jax.jit`. Programs for other devices, `vmap`, probes, records,
+masks (forward) and derivatives of derivatives are left to XLA. JAX 0.11 calls
+Pallas for Triton deprecated; where it is gone, `fused` warns, and all is left
+to XLA.
 """
 
+import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.extend import core
 
-from dsatgo_jax import dynamics, statistics, tdbn
+from dsatgo_jax import devices, dynamics, statistics, tdbn
 from dsatgo_jax.blocks import (
-  Given,
   batch_major,
   blocks_of,
   flat,
+  given_of,
   of_rows,
   pool,
+  pooled,
   refusal,
+  refusal_of,
   time_major,
+  unit,
   varying,
 )
 from dsatgo_jax.threshold import is_measured
+
+__all__ = ('backward', 'forward', 'refusal_of')
 
 
 def _step(x, width):
@@ -59,7 +65,7 @@ def _read(blocks, given):
   """`Given` with its levels as scalars, and the `Parameters` in it."""
   norm, gates = given.norm, given.gates
   if norm is not None:
-    norm = tdbn.Affine(*map(blocks.channels_of, norm))
+    norm = tdbn.Affine(*map(blocks.channels_of, norm[:3]))
   if gates is not None:
     gates = tuple(gates[i] for i in range(3))
   parameters = dynamics.Parameters(given.decay[0], norm=norm, gates=gates)
@@ -70,13 +76,16 @@ def _read(blocks, given):
   return given._replace(**levels), parameters
 
 
-def _membranes(settings, given, parameters, tile, num_steps):
-  """The membrane before each of the timesteps, and u."""
+def _membranes(settings, given, parameters, tile, num_steps, start=0):
+  """The membrane before each of so many timesteps from start on, and u."""
   v, found = None if given.v is None else tile.load(given.v), []
   for t in range(num_steps):
-    u = dynamics.presynaptic(tile.load(given.x, t), parameters)
-    if v is not None:
-      u = parameters.decay * v + u
+    if start and not t:
+      u = tile.load(given.u)
+    else:
+      u = dynamics.presynaptic(tile.load(given.x, start + t), parameters)
+      if v is not None:
+        u = parameters.decay * v + u
     found.append((v, u))
     if t + 1 < num_steps:
       _, v = _fire(settings, u, given.theta[t], parameters)
@@ -88,56 +97,33 @@ def _fire(settings, u, theta, parameters, nothing=0.0):
   return dynamics.fire(settings, (u, u, u), theta, 1.0, parameters, nothing)
 
 
-def _measure(settings, blocks, given, moments):
-  """The mean of a block, the root of the squares about it, and its size."""
+def _measure(settings, blocks, given, moments, kept, start):
+  """The mean of a block, the root of the squares about it, and its size.
+
+  And the block itself, if that is to be kept.
+  """
   tile, (given, parameters) = blocks.tile(), _read(blocks, given)
   *_, (_, u) = _membranes(
-    settings, given, parameters, tile, len(given.theta) + 1
+    settings, given, parameters, tile, len(given.theta) + 1, start
   )
+  if kept is not None:
+    tile.store(kept, u)
   most = jnp.max(tile.real(u, -jnp.inf))
   distance = tile.real(u - most)
   count = tile.count(u)
   # The mean is so far below the largest, and nothing is further above it: in
   # this unit no square overflows, and their sum does not vanish.
   below = -jnp.sum(distance) / count
-  unit = _unit(below)
-  squares = jnp.square(tile.real((distance + below) * (1 / unit)))
+  scale = unit(below)
+  squares = jnp.square(tile.real((distance + below) * (1 / scale)))
   moments[0] = most - below
-  moments[1] = unit * jnp.sqrt(jnp.sum(squares))
+  moments[1] = scale * jnp.sqrt(jnp.sum(squares))
   moments[2] = count
-
-
-def _unit(size):
-  """To divide by: its inverse is finite."""
-  return jnp.clip(size, 1e-30, 1e30)
-
-
-def _pooled(number, parts):
-  """What `_measure` tells, of parts."""
-  size = parts.shape[0]
-  mask = pl.program_id(0) * size + jnp.arange(size) < number
-  means, norms, counts = (
-    triton.load(parts.at[:, jnp.int32(i)], mask=mask, other=0) for i in range(3)
-  )
-  most = jnp.max(jnp.where(mask, means, -jnp.inf))
-  distance = jnp.where(mask, means - most, 0)
-  count = jnp.sum(counts)
-  below = -jnp.sum(counts * distance) / count
-  between = jnp.sqrt(counts) * (distance + below)
-  unit = _unit(jnp.max(jnp.maximum(norms, jnp.abs(between))))
-  squares = jnp.square(norms * (1 / unit)) + jnp.square(between * (1 / unit))
-  return most - below, unit * jnp.sqrt(jnp.sum(squares)), count
-
-
-def _pool(number, parts, pooled):
-  """Makes one part of some."""
-  for i, value in enumerate(_pooled(number, parts)):
-    pooled[i] = value
 
 
 def _decide(number, levels, free, parts, numbers, *outputs):
   """Makes statistics of all parts, and levels of them and of numbers."""
-  mean, norm, _ = _pooled(number, parts)
+  mean, norm, _ = pooled(number, parts)
   std = norm / math.sqrt(free)
   found = levels(mean, std, *(a[0] for a in numbers))
   for output, value in zip(outputs, (mean, std, *found), strict=True):
@@ -164,8 +150,14 @@ def _last(settings, blocks, given, last):
   tile.store(last, _fire(settings, u, theta, parameters, known - known)[1])
 
 
-def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
-  """The cotangents of x and v, and sums of those of the parameters."""
+def _back(
+  settings, blocks, given, g_spikes, g_v, own, g_x, numbers, g_before, sums
+):
+  """The cotangents of x and v, and sums of those of the parameters.
+
+  What comes to x by way of its statistics is known as `own`, if at all.
+  """
+  own = own and tuple(map(blocks.channels_of, own))
   given, parameters = _read(blocks, given)
   decay, norm = parameters.decay, parameters.norm
   num_steps = len(given.theta)
@@ -198,16 +190,20 @@ def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
       g_decay += of_reset
       if v is not None:
         retained += g_u * v
-      if norm is None:
-        tile.store(g_x, g_u, t)
-      else:
-        x = tile.load(given.x, t).astype(decay.dtype)
-        both = (g_u, g_u * (x - norm.mean))
-        per_channel = tuple(map(jnp.add, per_channel, both))
-        tile.store(g_x, g_u * norm.gain, t)
       g = decay * g_u
+      if norm is not None:
+        distance = tile.load(given.x, t).astype(decay.dtype) - norm.mean
+        both = (g_u, g_u * distance)
+        per_channel = tuple(map(jnp.add, per_channel, both))
+        g_u = g_u * norm.gain
+      if own:
+        g_u += own[0] + distance * own[1]
+      if g_x is not None:
+        tile.store(g_x, g_u, t)
     if g_before is not None:
       tile.store(g_before, g)
+    if numbers is None:
+      return carry
     return retained, per_channel, g_decay, tuple(g_theta)
 
   zero = jnp.zeros((), decay.dtype)
@@ -216,37 +212,13 @@ def _back(settings, blocks, given, g_spikes, g_v, g_x, numbers, g_before, sums):
     carry = block(0, carry)
   else:
     carry = lax.fori_loop(0, blocks.times, block, carry)
+  if numbers is None:
+    return
   retained, per_channel, g_decay, g_theta = carry
   for i, number in enumerate((jnp.sum(retained) + g_decay, *g_theta)):
     numbers[i] = number
-  for i, a in enumerate(per_channel):
-    at = sums.at[jnp.int32(i), :]
-    triton.store(at, jnp.sum(a, 0), mask=blocks.columns())
-
-
-def _given(settings, x, v, parameters):
-  """`Given`, without the levels."""
-  return Given(
-    batch_major(x),
-    None if settings.at_rest else flat(v),
-    jax.tree.map(lambda a: a[None], parameters.norm),
-    parameters.decay.reshape(1),
-    parameters.gates,
-  )
-
-
-@functools.lru_cache
-def refusal_of(surrogate) -> Exception | None:
-  """Why Triton does not take the surrogate's derivative; None if it does."""
-
-  def body(x, width, slope):
-    slope[...] = surrogate.gradient(x[...], width[0])
-
-  x, width = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (128, 1))
-  call = pl.pallas_call(
-    body, out_shape=x, compiler_params=triton.CompilerParams()
-  )
-  return refusal(call, x, width)
+  for total, a in zip(sums or (), per_channel, strict=True):
+    triton.store(total.at[:], jnp.sum(a, 0), mask=blocks.columns())
 
 
 def _levels(settings, parameters, t, moments, count):
@@ -275,9 +247,12 @@ def _levels(settings, parameters, t, moments, count):
     leaves = (next(rest) if is_read else None for is_read in read)
     return core.jaxpr_as_fun(rules)(mean, std, *leaves)
 
-  parts = pool(_pool, moments, 1024)
-  if not settings.axis_name and not any(map(jnp.ndim, numbers)):
-    body = functools.partial(_decide, len(parts), of_numbers, count - 1)
+  parts = pool(moments, 1024)
+  if settings.axis_name:
+    parts = devices.gather(pool(parts, 1)[0], settings.axis_name)
+  free = count * devices.axis_size(settings.axis_name) - 1
+  if not any(map(jnp.ndim, numbers)):
+    body = functools.partial(_decide, len(parts), of_numbers, free)
     arrays = parts, [a.reshape(1) for a in numbers]
     like = varying(parts, (1,), parts.dtype)
     outputs = [like] * (2 + len(rules.out_avals))
@@ -286,34 +261,56 @@ def _levels(settings, parameters, t, moments, count):
       mean, std, *found = (a.reshape(()) for a in call(*arrays))
       found = jax.tree.unflatten(jax.tree.structure(shape), found)
       return statistics.Statistics(mean, std), found
-  mean, norm, _ = pool(_pool, parts, 1)[0]
-  measured = statistics.of_devices(mean, norm, count, settings.axis_name)
+  mean, norm, _ = pool(parts, 1)[0]
+  measured = statistics.Statistics(mean, norm / math.sqrt(free))
   return measured, levels(*measured, *leaves)
 
 
-def forward(settings, x, v, t, parameters, running):
-  """`fused`'s scan; arguments and results as there."""
+def _pooling(settings, parameters, axis_name):
+  """Settings and parameters for a part of the batch, over an axis if any."""
+  if axis_name:
+    settings = settings._replace(axis_name=axis_name)
+    if isinstance(norm := parameters.norm, tdbn.Own):
+      norm = dataclasses.replace(norm, axis_name=axis_name)
+      parameters = parameters._replace(norm=norm)
+  return settings, parameters
+
+
+def forward(settings, x, v, t, parameters, running, axis_name=None):
+  """`fused`'s scan; arguments and results as there.
+
+  Of a part of a batch, if an axis is named; over that all is pooled then.
+  """
+  settings, parameters = _pooling(settings, parameters, axis_name)
   method, num_steps = settings.method, len(x)
   dtype = parameters.decay.dtype
-  given = _given(settings, x, v, parameters)
+  given = given_of(x, None if settings.at_rest else v, parameters)
   blocks = blocks_of(given.x.shape, 4096 if num_steps <= 4 else 2048)
+  # Every so often u is kept: from there on it is less to read than x is.
+  often = 2 * dtype.itemsize // x.dtype.itemsize
 
-  def call(body, name, output):
+  def call(body, name, given, *outputs):
     body = functools.partial(body, settings, blocks)
-    return blocks.call(body, name, (given,), (output,))[0]
+    return blocks.call(body, name, (given,), outputs)
 
   measuring = running is None and (
     is_measured(method.threshold) or is_measured(method.signal)
   )
-  records = []
+  membrane = blocks.like(flat(x[0]), x, dtype)
+  records, start, since = [], 0, given
   for i in range(num_steps):
     measured = None
     if measuring:
-      moments = call(
-        _measure,
-        f'neuron_measures_{i + 1}_of_{num_steps}',
+      keeps = i % often == often - 1 and i < num_steps - 1
+      moments, kept = call(
+        functools.partial(_measure, start=start),
+        f'neuron_measures_{i - start + (not start)}_of_{num_steps}',
+        since._replace(theta=given.theta[start:], known=()),
         blocks.numbers(3, x, dtype),
+        membrane if keeps else None,
       )
+      if keeps:
+        start, since = i, given._replace(v=None, u=kept)
       measured, levels = _levels(
         settings, parameters, t + i, moments, math.prod(x.shape[1:])
       )
@@ -325,20 +322,20 @@ def forward(settings, x, v, t, parameters, running):
     records.append(dynamics.Record(*levels, measured))
     given = given._replace(theta=(*given.theta, levels[0].reshape(1)))
   like = blocks.like(given.x, x, settings.dtype)
-  spikes = call(_spikes, 'neuron_fires', like)
+  (spikes,) = call(_spikes, 'neuron_fires', given, like)
   # On its own, so that it is not made where nothing asks for it.
-  like = blocks.like(flat(x[0]), x, dtype)
-  last = call(_last, 'neuron_ends', like)
+  (last,) = call(_last, 'neuron_ends', given, membrane)
   record = jax.tree.map(lambda *a: jnp.stack(a), *records)
   return time_major(spikes, x), last.reshape(x.shape[1:]), record
 
 
 def backward(
   settings, silent, x, v, t, parameters, running, record, probes,
-  g_spikes, g_v, g_record,
+  g_spikes, g_v, g_record, axis_name=None,
 ):  # fmt: skip
   """`fused`'s backward pass; `silent` says that g_v is 0."""
   del g_record
+  settings, parameters = _pooling(settings, parameters, axis_name)
   dtype, num_steps = parameters.decay.dtype, len(x)
 
   def thetas(parameters):
@@ -352,18 +349,24 @@ def backward(
     tuple(a[i : i + 1] for i in range(num_steps))
     for a in (record.theta, record.width)
   )
-  given = _given(settings, x, v, parameters)._replace(theta=theta, width=width)
+  given = given_of(x, None if settings.at_rest else v, parameters)._replace(
+    theta=theta, width=width
+  )
   blocks = blocks_of(given.x.shape, 1024, programs=1024)
-  g_v = None if silent else flat(g_v)
+  arrays = given, batch_major(g_spikes), None if silent else flat(g_v)
+  norm = parameters.norm
+  owns = isinstance(norm, tdbn.Own)
+  body = functools.partial(_back, settings, blocks)
+  like = blocks.like(given.x, x, x.dtype)
   g_x, numbers, g_before, sums = blocks.call(
-    functools.partial(_back, settings, blocks),
-    'neuron_pulls',
-    (given, batch_major(g_spikes), g_v),
+    body,
+    'neuron_sums' if owns else 'neuron_pulls',
+    (*arrays, None),
     (
-      blocks.like(given.x, x, x.dtype),
+      None if owns else like,
       blocks.numbers(1 + num_steps, x, dtype),
       None if settings.at_rest else blocks.like(given.v, x, dtype),
-      blocks.channels(2, x, dtype) if parameters.norm else None,
+      (blocks.channels(x, dtype),) * 2 if norm else None,
     ),
   )
   # Each by itself: what nothing asks for is then not summed.
@@ -371,12 +374,25 @@ def backward(
   g_theta = jnp.sum(numbers[..., 1:], (0, 1, 2))
   (g_parameters,) = jax.vjp(thetas, parameters)[1](g_theta)
   g_parameters = g_parameters._replace(decay=g_parameters.decay + g_decay)
-  if parameters.norm:
-    g_bias, g_gain = jnp.sum(sums, (0, 1))
-    g_mean = -parameters.norm.gain * g_bias
-    g_parameters = g_parameters._replace(
-      norm=tdbn.Affine(g_mean, g_gain, g_bias)
+  if norm:
+    g_bias, g_gain = lax.reduce(
+      sums,
+      (jnp.zeros((), dtype),) * 2,
+      lambda a, b: tuple(map(jnp.add, a, b)),
+      (0, 1),
     )
+    affine, pull = norm, lambda g: (g,)
+    if owns:
+      affine, pull = jax.vjp(tdbn.Own.affine, norm)
+    g = tdbn.Affine(-affine.gain * g_bias, g_gain, g_bias)
+    g_parameters = g_parameters._replace(norm=pull(g)[0])
+  if owns:
+    own = tuple(a[None] for a in norm.through(x, g_parameters.norm))
+    # All of it again, which reads and writes less than adding to g_x would.
+    outputs = (like, None, None, None)
+    g_x, *_ = blocks.call(body, 'neuron_pulls', (*arrays, own), outputs)
+  if axis_name:
+    g_parameters = lax.psum(g_parameters, axis_name)
   if g_before is None:
     g_before = jnp.zeros_like(v)  # Nothing asks for it.
   return time_major(g_x, x), g_before.reshape(v.shape), g_parameters, probes

@@ -5,8 +5,9 @@ Its scale starts at `alpha * v_th`, so that the pre-synaptic input starts as
 `N(0, (alpha * v_th) ** 2)`.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,17 +146,78 @@ class Affine(NamedTuple):
     mean: what is subtracted.
     gain: what the difference is multiplied with.
     bias: what is added.
+    own: the same, if the statistics are those of one x, without a mask.
   """
 
   mean: jax.Array
   gain: jax.Array
   bias: jax.Array
+  own: 'Own | None' = None
 
   def __call__(self, x):
     """`(x - mean) * gain + bias`, in the promoted dtype of all."""
-    dtype = _promoted(x, *self)
-    mean, gain, bias = (_per(jnp.asarray(a, dtype), x) for a in self)
+    dtype = _promoted(x, *self[:3])
+    mean, gain, bias = (_per(jnp.asarray(a, dtype), x) for a in self[:3])
     return (x.astype(dtype) - mean) * gain + bias
+
+  def of(self, x):
+    """Without `own` where the statistics are not known to be x's."""
+    own = self.own
+    if own is not None:
+      own = dataclasses.replace(own, x=None) if own.x is x else None
+    return self._replace(own=own)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('x', 'mean', 'inverse', 'scale', 'bias'),
+  meta_fields=('axis_name',),
+)
+@dataclasses.dataclass(frozen=True)
+class Own:
+  """An `Affine` by x's own statistics.
+
+  Kernels that pull a cotangent through both at once read x once less.
+
+  Attributes:
+    x: whose statistics they are; None for the input at hand.
+    mean: [C].
+    inverse: `1 / sqrt(variance + epsilon)`, [C].
+    scale: [C].
+    bias: [C].
+    axis_name: mapped axis over which they are pooled.
+  """
+
+  x: Any
+  mean: Any
+  inverse: Any
+  scale: Any
+  bias: Any
+  axis_name: Any = None
+
+  def affine(self) -> Affine:
+    """As it is where the statistics are given."""
+    return Affine(self.mean, self.scale * self.inverse, self.bias)
+
+  def __call__(self, x):
+    """As `Affine`'s."""
+    return self.affine()(x)
+
+  def through(self, x, g):
+    """What reaches x by way of its statistics: `shift + (x - mean) * slope`.
+
+    Args:
+      x: [..., C].
+      g: the cotangent of this, of each device.
+
+    Returns:
+      Shift and slope, [2, C].
+    """
+    pulled = jnp.stack([g.mean, -(self.inverse**3) * g.inverse])
+    if self.axis_name:
+      pulled = lax.psum(pulled, self.axis_name)
+    count = statistics.count(x, 1) * devices.axis_size(self.axis_name)
+    return pulled / count
 
 
 def _promoted(*arrays):
@@ -163,7 +225,9 @@ def _promoted(*arrays):
   return dtypes.wide(*(a.dtype for a in arrays if hasattr(a, 'dtype')))
 
 
-def affine(mean, variance, scale, bias, epsilon=1e-5) -> Affine:
+def affine(
+  mean, variance, scale, bias, epsilon=1e-5, x=None, axis_name=None
+) -> Affine:
   """The `Affine` with a gain of `scale / sqrt(variance + epsilon)`.
 
   Args:
@@ -172,12 +236,18 @@ def affine(mean, variance, scale, bias, epsilon=1e-5) -> Affine:
     scale: [C].
     bias: [C].
     epsilon: keeps the root from zero.
+    x: whose statistics they are, of all of it; None where that is not so.
+    axis_name: mapped axis over which they are pooled.
 
   Returns:
     `Affine`.
   """
   scale = jnp.asarray(scale, _promoted(scale, variance))
-  return Affine(mean, scale * lax.rsqrt(variance + epsilon), bias)
+  inverse = lax.rsqrt(variance + epsilon)
+  own = None
+  if x is not None:
+    own = Own(x, mean, inverse, scale, bias, axis_name)
+  return Affine(mean, scale * inverse, bias, own)
 
 
 def scale_and_bias(

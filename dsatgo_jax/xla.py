@@ -7,13 +7,17 @@ said here changes no number.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core
 from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 def parts(num_steps):
@@ -197,17 +201,22 @@ def vary_like(x, tree):
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def either(kernel, plain, *arguments):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def either(kernel, plain, batch, *arguments):
   """`plain(*arguments)`, or what does the same as a program's own kernels.
 
   Those are taken where a program, or its part under `shard_map` or `pmap`, is
-  for one NVIDIA GPU. XLA can't split them over devices: it would gather what
-  they read. Under `vmap`, and for derivatives of it, `plain` is taken.
+  for one NVIDIA GPU, and by each of several for its part of a batch that is
+  sharded under `jax.jit`. Under `vmap`, and for derivatives of it, `plain` is
+  taken.
 
   Args:
-    kernel: of trees of arrays.
-    plain: of the same, differentiable.
+    kernel: of trees of arrays; and of `axis_name`, over which they are then to
+      be pooled as well, the parts of a batch.
+    plain: of the same trees, differentiable.
+    batch: which axis of the arrays is the batch, -1 for none: a prefix of the
+      trees of arguments, the first of which is an array that has one, and a
+      prefix of what is returned.
     *arguments: trees of arrays; where the two know other traced values,
       `plain` is taken.
 
@@ -226,16 +235,73 @@ def either(kernel, plain, *arguments):
   theirs, _ = traced(kernel)
   if any(isinstance(a, jax.core.Tracer) for a in ours.consts + theirs.consts):
     return plain(*arguments)  # A rule of one's own knows what is traced.
-  flat = _either.bind(*flat, kernel=theirs, plain=ours)
+
+  def part(axis_name, *flat):
+    return jax.tree.leaves(kernel(*tree.unflatten(flat), axis_name=axis_name))
+
+  axes = tuple(
+    tuple(jax.tree.leaves(jax.tree.broadcast(prefix, whole)))
+    for prefix, whole in zip(batch, (arguments, shape), strict=True)
+  )
+  # Traced here, since programs are told of their devices for what is in them.
+  spread = jax.make_jaxpr(by_parts(ours, part, axes))(*flat)
+  flat = _either.bind(*flat, kernel=theirs, plain=ours, spread=spread)
   return jax.tree.unflatten(jax.tree.structure(shape), flat)
 
 
-def _either_forward(kernel, plain, *arguments):
-  return either(kernel, plain, *arguments), arguments
+def by_parts(plain, part, axes):
+  """`plain`, which devices do by `part` where its batch is sharded."""
+
+  def placed(mesh, names, axes):
+    return [
+      NamedSharding(mesh, P(*[None] * axis, names) if axis >= 0 else P())
+      for axis in axes
+    ]
+
+  def partition(mesh, arguments, outputs):
+    del outputs
+    x, axis = arguments[0], axes[0][0]
+    names = [*x.sharding.spec, *[None] * x.ndim][axis]
+    size = math.prod(mesh.shape[name] for name in jax.tree.leaves(names))
+    if x.shape[axis] % size:
+      names = None  # Each does all of it.
+
+    def one(*arguments):
+      none = jax.sharding.AbstractMesh((), ())  # Of explicit axes.
+      with jax.sharding.use_abstract_mesh(none):
+        return part(names, *arguments[:number])
+
+    given, told = (placed(mesh, names, of) for of in axes)
+    return mesh, one, told, tuple(given)
+
+  def rule(avals, axes, start):
+    return ', '.join(
+      ' '.join('b' if i == axis else f'{start}{k}d{i}' for i in range(a.ndim))
+      for k, (a, axis) in enumerate(zip(avals, axes, strict=True))
+    )
+
+  @custom_partitioning
+  def whole(*arguments):
+    closed = core.ClosedJaxpr(plain.jaxpr, arguments[number:])
+    return core.jaxpr_as_fun(closed)(*arguments[:number])
+
+  # It may know no array.
+  number, consts = len(axes[0]), plain.consts
+  axes = (*axes[0], *(-1 for _ in consts)), axes[1]
+  whole.def_partition(
+    partition,
+    sharding_rule=f'{rule([*plain.in_avals, *consts], axes[0], "i")} -> '
+    f'{rule(plain.out_avals, axes[1], "o")}',
+  )
+  return lambda *arguments: whole(*arguments, *consts)
 
 
-def _either_backward(kernel, plain, arguments, cotangent):
-  del kernel
+def _either_forward(kernel, plain, batch, *arguments):
+  return either(kernel, plain, batch, *arguments), arguments
+
+
+def _either_backward(kernel, plain, batch, arguments, cotangent):
+  del kernel, batch
   return jax.vjp(plain, *arguments)[1](cotangent)
 
 
@@ -243,17 +309,15 @@ either.defvjp(_either_forward, _either_backward)
 
 _either = core.Primitive('either')
 _either.multiple_results = True
-_either.def_abstract_eval(lambda *_, kernel, plain: plain.out_avals)
+_either.def_abstract_eval(lambda *_, plain, **__: plain.out_avals)
 
 
 @_either.def_impl
-def _plainly(*arguments, kernel, plain):
-  del kernel
+def _plainly(*arguments, plain, **_):
   return core.jaxpr_as_fun(plain)(*arguments)
 
 
-def _either_batched(axis, arguments, dims, kernel, plain):
-  del kernel
+def _either_batched(axis, arguments, dims, plain, **_):
   outputs = jax.vmap(
     core.jaxpr_as_fun(plain),
     dims,
@@ -267,16 +331,17 @@ def _either_batched(axis, arguments, dims, kernel, plain):
 batching.fancy_primitive_batchers[_either] = _either_batched
 
 
-def _either_on_gpu(ctx, *arguments, kernel, plain):
+def _either_on_gpu(ctx, *arguments, kernel, plain, spread):
   context = ctx.module_context.axis_context
+  chosen = plain
   if isinstance(context, mlir.ShardingContext):
-    alone = context.num_devices == 1
-  else:  # Under `shard_map`, also if it is not over all axes.
-    alone = isinstance(context, mlir.SPMDAxisContext) and (
-      set(context.mesh.axis_names) == set(context.manual_axes)
-    )
-  chosen = core.jaxpr_as_fun(kernel if alone else plain)
-  return mlir.lower_fun(chosen, multiple_results=True)(ctx, *arguments)
+    chosen = kernel if context.num_devices == 1 else spread
+  elif isinstance(context, mlir.SPMDAxisContext) and (
+    set(context.mesh.axis_names) == set(context.manual_axes)
+  ):  # Under `shard_map` over all axes.
+    chosen = kernel
+  function = mlir.lower_fun(core.jaxpr_as_fun(chosen), multiple_results=True)
+  return function(ctx, *arguments)
 
 
 mlir.register_lowering(_either, mlir.lower_fun(_plainly, multiple_results=True))

@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 
 from tests import tiny
-from train import checkpoints, ending, journal, loop, metrics
+from train import checkpoints, command, ending, journal, loop, metrics
 
 
 def send(number):
@@ -83,6 +84,13 @@ def test_without_minutes_nothing_is_watched():
   with ending.watchdog(0) as beat:
     beat()
     assert threading.active_count() == before
+
+
+def test_out_of_memory_tells_what_to_do():
+  error = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+  assert 'smaller config.batch_size, or' in command.advice(error)
+  assert command.advice(RuntimeError('RESOURCE_EXHAUSTED')) == ''
+  assert command.advice(jax.errors.JaxRuntimeError('INTERNAL: ?')) == ''
 
 
 # Whole runs.

@@ -59,7 +59,7 @@ ENTRY %main (x: bf16[8,4], g: f32[4]) -> f32[4,4] {
   %x = bf16[8,4]{1,0} parameter(0)
   %g = f32[4]{0} parameter(1)
   %fusion = (f32[4,4]{1,0}, bf16[4,4]{1,0}) fusion(%x, %g), kind=kLoop, \
-calls=%half
+calls=%half, metadata={op_name="jit(f)/transpose(jvp(Net))/norm.affine/mul"}
   %first = f32[4,4]{1,0} get-tuple-element(%fusion), index=0
   %start = f32[4,4]{1,0} all-reduce-start(%first), to_apply=%add
   %cublas = (f32[4,4]{1,0}, s8[64]{0}) custom-call(%first, %first), \
@@ -72,16 +72,34 @@ custom_call_target="__cublas$gemm"
 def test_kernels_and_traffic_of_a_program_by_hand():
   fusion = 4 * 4 * 2 + 4 * 4 + 4 * 4 * (4 + 2)  # Half of x is read.
   assert hlo.kernels(GPU) == [
-    ('fusion', fusion, 1),
-    ('all-reduce-start', 2 * 64, 1),
-    ('library', 64 + 64 + 2 * 64, 1),
+    ('fusion', fusion, 1, 'jit(f)/transpose(jvp(Net))/norm.affine/mul'),
+    ('all-reduce-start', 2 * 64, 1, ''),
+    ('library', 64 + 64 + 2 * 64, 1, ''),
   ]
+  assert hlo.sources(GPU) == {
+    ('backward', 'norm'): (1, fusion),
+    ('', ''): (1, 2 * 64),
+  }
   assert hlo.summary(GPU) == {
     'kernels': 3,
     'moved_bytes': fusion + 2 * 64,
     'collectives': {'all-reduce': 1},
     'collective_bytes': 64,
   }
+
+
+def test_a_kernel_of_our_own_reads_a_part_of_x():
+  text = GPU.replace(
+    '  ROOT %done',
+    '  %ours = f32[4,4]{1,0} custom-call(%x, %g), '
+    'custom_call_target="__gpu$xla.gpu.triton", '
+    'metadata={op_name="jit(f)/neuron/custom_partitioning"}, '
+    'backend_config={grid_x = 1 : i32, name = "neuron_measures_1_of_4"}\n'
+    '  ROOT %done',
+  ).replace('bf16[8,4]', 'bf16[16,4]')
+  assert hlo.sources(text)['forward', 'neuron_measures'] == (
+    1, 16 * 4 * 2 / 4 + 4 * 4 + 4 * 4 * 4,
+  )  # fmt: skip
 
 
 def test_collectives_of_a_program_by_hand():

@@ -332,11 +332,8 @@ def arrays_of(workdir):
   return checkpoints.checksum(state, {}), info
 
 
-@pytest.mark.sample
-@pytest.mark.parametrize(
-  'how',
-  [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.sample)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_was_stopped_resumes_exactly(finished, npz, tmp_path, how):
   command = ('main', *TINY, npz, f'--workdir={tmp_path}')
   process = start(*command)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import pallas as pl
 from jax.extend import core
 from jax.sharding import AxisType, NamedSharding
@@ -34,14 +35,23 @@ pallas = functools.partial(neurons.run, kernel='pallas')
 @pytest.fixture
 def interpreted(monkeypatch):
   """Has kernels taken, and run by the interpreter."""
+  yield from taken(monkeypatch, 'kernel')
+
+
+@pytest.fixture
+def spread(monkeypatch):
+  """The same, as programs take them whose batch is sharded."""
+  yield from taken(monkeypatch, 'spread')
+
+
+def taken(monkeypatch, way):
   interpret = functools.partial(pl.pallas_call, interpret=True)
-  monkeypatch.setattr(kernels.pl, 'pallas_call', interpret)
+  monkeypatch.setattr(pl, 'pallas_call', interpret)
 
-  def kernel_alone(*arguments, kernel, plain):
-    del plain
-    return core.jaxpr_as_fun(kernel)(*arguments)
+  def alone(*arguments, **ways):
+    return core.jaxpr_as_fun(ways[way])(*arguments)
 
-  monkeypatch.setattr(xla._either, 'bind', kernel_alone)
+  monkeypatch.setattr(xla._either, 'bind', alone)
   jax.clear_caches()
   yield
   jax.clear_caches()
@@ -215,6 +225,114 @@ def test_an_undefined_input_shows(interpreted, mode, bad):
   np.testing.assert_array_equal(actual, expected)
 
 
+def through_both(kernel, x, axis_name=None, face='linen', other=0.0):
+  """Spikes of tdBN and neurons, and cotangents of x and all parameters."""
+  shared = {'axis_name': axis_name}
+  if face == 'linen':
+    train = {'use_running_average': False} | shared
+    norm = linen.TdBatchNorm(**train)
+    neuron = linen.SpikingNeuron(kernel=kernel, **train)
+
+    def apply(variables, x):
+      affine, _ = norm.apply(
+        variables[0], x, mutable=['batch_stats'], method='affine'
+      )
+      return neuron.apply(
+        variables[1], x + other if other else x, norm=affine,
+        mutable=['batch_stats'],
+      )[0]  # fmt: skip
+
+    affine = norm.init(jax.random.key(0), x)
+    variables = affine, neuron.init(jax.random.key(0), x)
+  else:
+    layers = (
+      snnx.TdBatchNorm(x.shape[-1], **shared),
+      snnx.SpikingNeuron(num_steps=len(x), kernel=kernel, **shared),
+    )
+    graph, variables = nnx.split(layers)
+
+    def apply(variables, x):
+      norm, neuron = nnx.merge(graph, variables)
+      return neuron(x, norm=norm.affine(x))
+
+  spikes, pull = jax.vjp(apply, variables, x)
+  g_variables, g_x = pull(jnp.sin(9 * x))
+  if axis_name:
+    g_variables = jax.lax.psum(g_variables, axis_name)
+  return spikes, g_variables, g_x
+
+
+@pytest.mark.parametrize(
+  'face, dtype, other',
+  [
+    pytest.param('linen', 'float32', 0.0, marks=pytest.mark.sample),
+    pytest.param('nnx', 'float32', 0.0, marks=pytest.mark.sample),
+    pytest.param('linen', 'bfloat16', 0.0, marks=pytest.mark.sample),
+    pytest.param('linen', 'float32', 0.5, marks=pytest.mark.sample),
+  ],
+)
+def test_pulls_through_the_statistics_of_tdbn(interpreted, face, dtype, other):
+  """And where the neurons see something else than tdBN has measured."""
+  del interpreted
+  x = jnp.asarray(normal(3, 4, 5, 6), dtype)
+  actual, expected = (
+    jax.jit(
+      functools.partial(through_both, kernel, face=face, other=other)
+    )(x)
+    for kernel in ('pallas', 'xla')
+  )  # fmt: skip
+  close(actual, expected, 2e-5 if dtype == 'float32' else 1e-2)
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize('way', ['interpreted', 'left to XLA'])
+def test_pulls_through_the_statistics_of_all_devices(request, way):
+  if way == 'interpreted':
+    request.getfixturevalue('interpreted')
+  x = normal(2, 8, 5, 6)
+
+  def mapped(kernel):
+    return jax.shard_map(
+      functools.partial(through_both, kernel, axis_name='batch'),
+      mesh=MESH,
+      in_specs=P(None, 'batch'),
+      out_specs=(P(None, 'batch'), P(), P(None, 'batch')),
+      check_vma=False,
+    )
+
+  actual = jax.jit(mapped('pallas'))(x)
+  expected = jax.jit(functools.partial(through_both, 'xla'))(x)
+  close(actual[0], expected[0], 0)
+  close(actual[2], expected[2], 2e-5)
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize('other', [0.0, 0.5])
+@pytest.mark.parametrize('where', [P(None, 'batch'), P()])
+def test_devices_take_their_parts_of_a_sharded_batch(spread, where, other):
+  del spread
+  x = normal(3, 8, 4, 5, 6)
+  sharded = jax.device_put(x, NamedSharding(MESH, where))
+  step = jax.jit(functools.partial(through_both, other=other), static_argnums=0)
+  actual, expected = step('pallas', sharded), step('xla', x)
+  close(actual[0], expected[0], 0)
+  close(actual, expected, 2e-5)
+  text = step.lower('pallas', sharded).compile().as_text()
+  assert 'all-gather' not in text and 'all-to-all' not in text
+
+
+@pytest.mark.sample
+def test_devices_take_their_parts_of_explicit_axes(spread):
+  del spread
+  x = normal(2, 4, 6, 5)
+  mesh = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    sharded = jax.device_put(x, NamedSharding(mesh, P(None, 'batch')))
+    actual = jax.jit(there_and_back)(sharded)
+  expected = jax.jit(functools.partial(there_and_back, kernel='xla'))(x)
+  close(actual, expected, 2e-5)
+
+
 # Where kernels are taken. Programs are lowered for a GPU that is not there.
 
 
@@ -223,6 +341,11 @@ def lowered(function, *arguments, platform='cuda'):
   traced = jax.jit(function).trace(*arguments)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   return 'triton' in text
+
+
+def needs_triton(expected):
+  if expected and jax.__version_info__ >= (0, 11) and not HAS_GPU:
+    pytest.skip('This JAX lowers Triton only where it finds a GPU.')
 
 
 def there_and_back(x, **settings):
@@ -304,16 +427,20 @@ MESH = jax.make_mesh((4,), ('batch',), axis_types=(AxisType.Auto,))
   ],
 )
 def test_where_kernels_are_taken(name, function, expected):
-  if expected and jax.__version_info__ >= (0, 11) and not HAS_GPU:
-    pytest.skip('This JAX lowers Triton only where it finds a GPU.')
+  needs_triton(expected)
   x = X[None] if name == 'mapped' else X
   assert lowered(function, x) == expected
   assert not lowered(function, x, platform='cpu')
 
 
-def test_a_sharded_batch_is_left_to_xla():
+@pytest.mark.parametrize('platform', ['cuda', 'cpu'])
+def test_of_a_sharded_batch_devices_take_their_parts(platform):
+  needs_triton(platform == 'cuda')
   x = jax.device_put(X, NamedSharding(MESH, P(None, 'batch')))
-  assert not lowered(there_and_back, x)
+  traced = jax.jit(there_and_back).trace(x)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert ('@CustomSPMDPartitioning' in text) == (platform == 'cuda')
+  assert 'triton' not in text
 
 
 def test_without_triton_xla_takes_over(monkeypatch):
@@ -330,15 +457,28 @@ def test_an_unknown_kernel_is_refused():
 
 
 @pytest.mark.sample
-def test_second_derivatives_are_those_of_the_plain_scan():
-  def curvature(x, run):
-    def loss(x):
-      return jnp.sum(run(x, surrogate=surrogate.sigmoid)[0] ** 2)
+@pytest.mark.parametrize('normalises', [False, True])
+def test_second_derivatives_are_those_of_the_plain_scan(normalises):
+  scale, bias = normal(2, 5, seed=1)
 
-    return jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(x)
+  def curvature(x, scale, kernel):
+    def loss(x, scale):
+      norm = None
+      if normalises:
+        moments = tdbn.measure(x, ())
+        norm = tdbn.affine(*moments, scale, bias, x=x, axis_name=()).of(x)
+      spikes, *_ = neurons.run(
+        x, Parameters(norm=norm), surrogate='sigmoid', kernel=kernel
+      )
+      return jnp.sum(jnp.sin(x) * spikes**2)
+
+    gradient = jax.grad(loss, (0, 1))
+    return jax.grad(
+      lambda *a: sum(jnp.sum(g**2) for g in gradient(*a)), (0, 1)
+    )(x, scale)
 
   actual, expected = (
-    jax.jit(curvature, static_argnums=1)(X, run)
-    for run in (pallas, neurons.run)
+    jax.jit(curvature, static_argnums=2)(X, scale, kernel)
+    for kernel in ('pallas', 'xla')
   )
-  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+  close(actual, expected, 1e-5)

@@ -300,21 +300,36 @@ or those of a watched step                     20.00 GB
 memory of a device                             25.02 GB
 It fits into 40 GB.
 As compiled for h100; what cuDNN takes comes on top.
-The largest batch that fits: about 1,234, by a line
-through the memory for this batch and for one twice as large."""
+
+config.model_args  kernels      moved     memory  largest batch
+as it is               673    3.31 GB   25.02 GB         1,234
+remat='layer'        1,180    4.50 GB  800.00 kB        12,340
+By a line through the memory for this batch and for two of it."""
 
 
 def test_table():
   expected = TABLE.splitlines()
   assert plan.table(FOUND | COMPILED, 24) == expected
   assert plan.table(FOUND, 24) == expected[:8]
-  of_gpu = {
-    'gpu': 'h100',
+  plain = {
+    'setting': 'as it is',
+    'memory_bytes': COMPILED['memory_bytes'],
     'kernels': 673,
     'moved_bytes': 3_310_000_000,
     'largest_batch_size': 1234,
+  }
+  layer = {
+    'setting': "remat='layer'",
+    'memory_bytes': 800_000,
+    'kernels': 1180,
+    'moved_bytes': 4_500_000_000,
+    'largest_batch_size': 12_340,
+  }
+  of_gpu = plain | {
+    'gpu': 'h100',
     'watch_bytes': 20_000_000_000,
     'fits': True,
+    'settings': [plain, layer],
   }
   lines = plan.table(FOUND | COMPILED | of_gpu, 40)
   assert lines == expected[:8] + ['', *GPU_TABLE.splitlines()]
@@ -371,6 +386,11 @@ def test_the_largest_batch_of_a_gpu_fits():
   assert found['moved_bytes'] > found['activation_bytes'] > 0
   most = found['largest_batch_size']
   assert most % 2 == 0
+  rows = {row['setting']: row for row in found['settings']}
+  others = ('pack=True', "remat='layer'", "kernel='pallas'")
+  assert ('as it is', *others)[: len(rows)] == tuple(rows)
+  assert rows['as it is']['largest_batch_size'] == most
+  assert all(rows[name]['largest_batch_size'] > 0 for name in rows)
   there = run('--memory=0.003', f'--config.batch_size={most}')
   assert 0.9 < there['memory_bytes'] / 0.003e9 < 1.1
 

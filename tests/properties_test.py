@@ -364,7 +364,7 @@ OF_SETTINGS = {
   'threshold.unmeasured',
 }
 # What `neurons.run` is made of; tested through it.
-PARTS = {
+PARTS = {'tdbn.Own'} | {
   f'dynamics.{name}'
   for name in (
     *('fire', 'follows', 'level_at_rest', 'levels', 'plain', 'presynaptic'),

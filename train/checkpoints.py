@@ -5,8 +5,14 @@ The only file that knows Orbax. A checkpoint is a state, as host arrays, and
 kept with them, because array data damaged on disk reads back without an error.
 """
 
+import asyncio.log
+import contextlib
+import errno
 import json
+import os
 import pathlib
+import shutil
+import sys
 import zlib
 
 import jax
@@ -18,6 +24,20 @@ from flax import serialization, traverse_util
 # Two of the latest, so that a damaged one leaves one to go back to. The one
 # before a step that was not finite is for a look, as train/finite.py says.
 KEPT = {'latest': 2, 'best': 1, 'nonfinite': 1}
+TORN = '.orbax-checkpoint-tmp'
+UNTIL = '.until.'  # `12.until.12` is kept until there is a new 12.
+
+# An error of Orbax is raised. That it also logs, with the stack of each thread
+# and task that it passes, and that its other reads and writes then find their
+# loop closed, tells nothing more.
+asyncio.log.logger.setLevel('CRITICAL')
+logging.get_absl_logger().addFilter(
+  lambda record: not (record.exc_info and '/orbax/' in record.pathname)
+)
+_unraisable = sys.unraisablehook
+sys.unraisablehook = lambda found: (
+  None if str(found.exc_value) == 'Event loop is closed' else _unraisable(found)
+)
 
 
 def directory(workdir, which):
@@ -25,36 +45,53 @@ def directory(workdir, which):
   return pathlib.Path(workdir).absolute() / 'checkpoints' / which
 
 
+@contextlib.contextmanager
 def manager(workdir, which, tidy=True):
-  """Returns the Orbax manager that `save` takes; a context manager.
+  """Yields the Orbax manager that `save` takes.
 
   One process alone may open it, whatever the number of processes. `tidy`
   removes what a killed process left half written.
+
+  Raises:
+    OSError: the disk is full.
   """
   folder = directory(workdir, which)
   folder.mkdir(parents=True, exist_ok=True)
-  return ocp.CheckpointManager(
-    folder,
-    options=ocp.CheckpointManagerOptions(
-      create=False,
-      max_to_keep=KEPT[which],
-      cleanup_tmp_directories=tidy,
-      multiprocessing_options=ocp.options.MultiprocessingOptions(
-        primary_host=0, active_processes={0}, barrier_sync_key_prefix=which
-      ),
+  if tidy:
+    _settle(folder)
+  options = ocp.CheckpointManagerOptions(
+    create=False,
+    max_to_keep=KEPT[which],
+    multiprocessing_options=ocp.options.MultiprocessingOptions(
+      primary_host=0, active_processes={0}, barrier_sync_key_prefix=which
     ),
   )
+  try:
+    with ocp.CheckpointManager(folder, options=options) as open_manager:
+      yield open_manager
+  except Exception as error:  # Orbax's own is of any kind, and pages long.
+    if os.strerror(errno.ENOSPC) in str(error):
+      raise OSError(
+        errno.ENOSPC, os.strerror(errno.ENOSPC), str(workdir)
+      ) from error
+    raise
+  if tidy:
+    _settle(folder)
 
 
 def save(manager, state, info):
   """Saves a state in the background, as step `info['step']`.
 
-  Steps from there on, if any, are left over from before a resume, and go.
+  Steps from there on, if any, are left over from before a resume, and go, once
+  this one is there: it may be the only one.
   """
   manager.wait_until_finished()  # It might be one of them.
-  for step in manager.all_steps():
-    if step >= info['step']:
-      manager.delete(step)
+  folder = pathlib.Path(manager.directory)
+  _settle(folder)
+  if late := [step for step in manager.all_steps() if step >= info['step']]:
+    for step in late:
+      (folder / str(step)).rename(folder / f'{step}{UNTIL}{info["step"]}')
+    manager.reload()
   # Copies: the arrays' memory is given away while Orbax still writes.
   state = jax.tree.map(np.array, serialization.to_state_dict(state))
   info = json.loads(json.dumps(info))  # Tuples read back as lists.
@@ -144,6 +181,18 @@ def checksum(state, info):
     crc = zlib.crc32(f'{name} {array.dtype} {array.shape}'.encode(), crc)
     crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view('u1'), crc)
   return crc
+
+
+def _settle(folder):
+  """Removes what is half written or replaced; what was not yet comes back."""
+  for path in folder.glob(f'*{TORN}*'):
+    shutil.rmtree(path)
+  for path in folder.glob(f'*{UNTIL}*'):
+    step, _, new = path.name.partition(UNTIL)
+    if (folder / new).exists():
+      shutil.rmtree(path)
+    else:
+      path.rename(folder / step)
 
 
 def _newest(workdir, which, repair):

@@ -29,11 +29,12 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-  """A launch: what it is, and the bytes it reads and writes."""
+  """A launch: what it is, the bytes it reads and writes, and JAX's name."""
 
   kind: str
   bytes: float
   times: int
+  source: str = ''
 
 
 def parse(text):
@@ -191,20 +192,25 @@ def kernels(text):
   computations, entry = parse(text)
 
   def kernel(i, within, times):
+    source = re.search(r'op_name="([^"]*)"', i.attributes)
+    source = source[1] if source else ''
     if i.op == 'fusion':
-      return Kernel(i.op, moved(computations[_called(i)[0]]), times)
+      return Kernel(i.op, moved(computations[_called(i)[0]]), times, source)
     operands = [within[name] for name in i.operands if name in within]
     sizes = [
       _bytes(shape, _size(shape)) for j in [i, *operands] for shape in j.shapes
     ]
-    # Of our own kernels some read so many of an array's timesteps alone.
-    if part := re.search(r'_(\d+)_of_(\d+)/pallas_call', i.attributes):
+    # Triton's kernels have names of their own, within.
+    if name := re.search(r'\bname = "(\w+)"', i.attributes):
+      source += f'/{name[1]}/'
+    # Of our own some read so many of an array's timesteps alone.
+    if part := re.search(r'_(\d+)_of_(\d+)/$', source):
       sizes.sort()
       sizes[-1] *= int(part[1]) / int(part[2])
     kind = i.op
     if kind == 'custom-call':
       kind = 'triton' if 'triton' in i.attributes else 'library'
-    return Kernel(kind, sum(sizes), times)
+    return Kernel(kind, sum(sizes), times, source)
 
   return [
     kernel(*launch)
@@ -249,3 +255,30 @@ def summary(text):
     'collectives': dict(number),
     'collective_bytes': round(sum(each.bytes * each.times for each in sent)),
   }
+
+
+def sources(text):
+  """Where a program's kernels come from, but for a library's.
+
+  Args:
+    text: optimised HLO of a GPU.
+
+  Returns:
+    `{(pass, part): (kernels, bytes)}`: 'forward' or 'backward', and the name of
+    a kernel of our own, the part of a layer, or 'between layers'; ('', '') is
+    what JAX has no name for: most of it transposes gradients of weights.
+  """
+  found = collections.defaultdict(lambda: (0, 0.0))
+  for each in kernels(text):
+    if each.kind == 'library':
+      continue
+    backward = 'transpose(' in each.source
+    parts = re.findall(
+      r'/(neuron_[a-z]+|neuron|norm|layer)(?=[._/])', each.source
+    )
+    part = parts[-1] if parts else 'between layers'
+    key = ('backward' if backward else 'forward', part)
+    key = key if each.source else ('', '')
+    number, size = found[key]
+    found[key] = number + each.times, size + each.bytes * each.times
+  return dict(found)

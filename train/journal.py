@@ -36,15 +36,18 @@ class Journal(contextlib.ExitStack):
     self.best, self.totals = info['best'], collections.Counter(info['totals'])
     self.since, self.warned = (start, 0), set()
     num_steps = config.num_epochs * steps_per_epoch
-    self.bar = self.enter_context(metrics.progress(config, num_steps, start))
     self.saved, self.saved_at = None, time.monotonic()
     if workdir:
-      self.write = self.enter_context(metrics.writer(workdir, start))
+      self.write = self.enter_context(
+        metrics.writer(workdir, start, evaluated=not info.get('line'))
+      )
       metrics.write_json(workdir / 'config.json', config.to_dict())
       self.managers = {
         which: self.enter_context(checkpoints.manager(workdir, which))
         for which in ('latest', 'best')
       }
+    # Last, so that no bar is left where these cannot be opened.
+    self.bar = self.enter_context(metrics.progress(config, num_steps, start))
 
   def step(self, step, measured, watched):
     """Waits for the metrics of a step; checks, counts, shows and writes them.

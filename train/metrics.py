@@ -11,13 +11,16 @@ import time
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
+from tensorboardX import event_file_writer
+from tensorboardX import summary as summaries
+from tensorboardX.proto import event_pb2
 
 from dsatgo_jax import statistics
 
 # `metrics` is the same for every run of a config; `timings` never is.
 FILES = ('metrics', 'timings')
+SHOWN_EVERY = 120  # Seconds; a run of days is watched while it goes on.
 
 
 def read(workdir, name='metrics'):
@@ -34,7 +37,7 @@ def read(workdir, name='metrics'):
 
 
 @contextlib.contextmanager
-def writer(workdir, step):
+def writer(workdir, step, evaluated=True):
   """Yields `write(line, name)` for dicts with a `step` and numbers, or lists.
 
   What was watched, `line['watch']`, goes to TensorBoard without the rest of its
@@ -44,16 +47,18 @@ def writer(workdir, step):
     workdir: gets a `.jsonl` of each of `FILES`, and `tensorboard/`.
     step: where the run starts or resumes; what was written of later steps is
       dropped, because it comes again.
+    evaluated: False where the epoch that this step ends comes again, too.
   """
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  board = tensorboardX.SummaryWriter(
-    str(workdir / 'tensorboard'), purge_step=step + 1
-  )
-  with contextlib.closing(board), contextlib.ExitStack() as stack:
-    files = {}
+  with contextlib.ExitStack() as stack:
+    files, add = {}, stack.enter_context(board(workdir / 'tensorboard', step))
     for name in FILES:
-      kept = [line for line in read(workdir, name) if line['step'] <= step]
+      kept = [
+        line
+        for line in read(workdir, name)
+        if line['step'] < step + (evaluated or 'watch' in line)
+      ]
       path = workdir / f'{name}.jsonl'
       replace(path, ''.join(json.dumps(line) + '\n' for line in kept))
       files[name] = stack.enter_context(open(path, 'a'))
@@ -65,13 +70,49 @@ def writer(workdir, step):
       if 'watch' in line:
         watched = dict(line['watch'])
         for name, value in histograms(watched.pop('histograms')):
-          board.add_histogram_raw(f'watch/{name}', **value, global_step=step)
+          add(step, summaries.histogram_raw(f'watch/{name}', **value))
         tree = {'watch': watched}
       for name, value in scalars(tree):
         if value is not None:
-          board.add_scalar(name, value, step)
+          add(step, summaries.scalar(name, value))
 
     yield write
+
+
+@contextlib.contextmanager
+def board(folder, step):
+  """Yields `add(step, summary)`, of tensorboardX's summaries.
+
+  It writes in the caller's thread: that of `tensorboardX.SummaryWriter` dies
+  where the disk is full, and whoever adds then waits for ever.
+
+  Args:
+    folder: gets a file of events.
+    step: where the run starts; TensorBoard drops what came of later ones.
+  """
+  folder.mkdir(exist_ok=True)
+  events = event_file_writer.EventsWriter(str(folder / 'events'))
+  shown = time.monotonic()
+
+  def add(step, summary):
+    nonlocal shown
+    events.write_event(
+      event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
+    )
+    if time.monotonic() - shown > SHOWN_EVERY:
+      events.flush()
+      shown = time.monotonic()
+
+  with contextlib.closing(events):
+    events.write_event(
+      event_pb2.Event(
+        wall_time=time.time(),
+        step=step + 1,
+        session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
+      )
+    )
+    events.flush()
+    yield add
 
 
 def numbers(tree):

@@ -6,14 +6,16 @@ Takes the same `--config.FIELD=...` as `train.main`. It traces the job's own
 training step and compiles it, and where `config.watch_every` asks for it the
 look inside as well, for virtual CPU devices: this shows what each of them keeps
 and sends. A GPU's compiler arranges memory in its own way: with `--gpu` it is
-asked itself, and tells kernels, traffic and the largest batch too. No GPU need
-be there, only the plugin of the extra `plan-gpu`. Of a GPU's memory JAX takes
-75 %, or the share that XLA_PYTHON_CLIENT_MEM_FRACTION says.
+asked itself, and tells kernels, traffic and the largest batch too, with each
+setting that saves memory or traffic: minutes. No GPU need be there, only the
+plugin of the extra `plan-gpu`. Of a GPU's memory JAX takes 75 %, or the share
+that XLA_PYTHON_CLIENT_MEM_FRACTION says.
 """
 
 import json
 import math
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -35,7 +37,11 @@ MEMORY = flags.DEFINE_float(
   lower_bound=0,
 )
 GPU = flags.DEFINE_enum(
-  'gpu', None, cards.NAMES, 'Compile for GPUs of this name, there or not.'
+  'gpu',
+  None,
+  cards.NAMES,
+  'Compile for GPUs of this name, there or not, with each setting that saves '
+  'memory or traffic: minutes, ten or more for a large network.',
 )
 COMPILE = flags.DEFINE_bool(
   'compile', True, 'Compile, for memory and collectives: a minute or two.'
@@ -54,6 +60,8 @@ NUM_EXAMPLES = {
 SIDE = 256  # Of images of many sizes, before they are cropped.
 BATCHES = 3  # On a device at a time: one in use, two under way.
 SHARE = 0.75  # Of a GPU's memory, that JAX takes.
+# Of `model_args`, that may save memory or traffic.
+SETTINGS = (('pack', True), ('remat', 'layer'), ('kernel', 'pallas'))
 
 
 def load(config):
@@ -145,6 +153,18 @@ def tree_bytes(tree):
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def create_steps(config, dataset, devices=None):
+  """As `create_train_step`; all that is compiled, named as its memory is."""
+  step, state, batch = create_train_step(config, dataset, devices)
+  steps = {'activation_bytes': (step, state)}
+  if config.watch_every:
+    look = watch.create_watch_step(
+      config, data.describe(dataset), devices=devices
+    )
+    steps['watch_bytes'] = look, step_lib.variables(state)
+  return steps, state, batch
+
+
 def compiled(steps, batch, gpu=None):
   """Compiles mapped functions of `(what all devices have, batch)`.
 
@@ -183,6 +203,47 @@ def needs(programs, state, batch):
   return always | temporary | {'memory_bytes': total}
 
 
+def on_gpu(found, programs, steps, state, batch, gpu, memory):
+  """Returns what a GPU's compiler tells, beside the memory that was found."""
+  double = jax.tree.map(
+    lambda x: x.update(shape=(x.shape[0], 2 * x.shape[1], *x.shape[2:])), batch
+  )
+  more = needs(compiled(steps, double, gpu), state, double)['memory_bytes']
+  more -= found['memory_bytes']
+  # By a line: as many more examples on each device as there is room for.
+  num_devices, each = batch['label'].shape
+  room = memory * 1e9 - found['memory_bytes']
+  each = max(0, each + math.floor(room / more * each))
+  told = hlo.summary(programs['activation_bytes'].as_text())
+  return {
+    'memory_bytes': found['memory_bytes'],
+    'kernels': told['kernels'],
+    'moved_bytes': told['moved_bytes'],
+    'largest_batch_size': each * num_devices,
+  }
+
+
+def with_settings(config, dataset, devices, gpu, memory):
+  """Yields what `on_gpu` tells, and the memory, with each of `SETTINGS`."""
+  for name, value in SETTINGS:
+    if config.model_args.get(name) == value:
+      continue
+    changed, title = config.copy_and_resolve_references(), f'{name}={value!r}'
+    changed.model_args = dict(config.model_args) | {name: value}
+    print(f'compiling with {title} ...', file=sys.stderr)
+    with warnings.catch_warnings():
+      warnings.filterwarnings('error', "kernel='pallas' needs")
+      try:
+        steps, state, batch = create_steps(changed, dataset, devices)
+      except UserWarning as missing:
+        print(f'left out: {missing}', file=sys.stderr)
+        continue
+    programs = compiled(steps, batch, gpu)
+    found = needs(programs, state, batch)
+    told = on_gpu(found, programs, steps, state, batch, gpu, memory)
+    yield {'setting': title} | told
+
+
 def plan(config, memory=24, compile=True, gpu=None):
   """Returns what a run takes on the devices there are; of numbers and names.
 
@@ -202,7 +263,8 @@ def plan(config, memory=24, compile=True, gpu=None):
   devices = cards.devices(gpu, num_devices) if gpu else None
   dataset = load(config)
   model = step_lib.create_model(config, dataset.num_classes)
-  step, state, batch = create_train_step(config, dataset, devices)
+  steps, state, batch = create_steps(config, dataset, devices)
+  step, _ = steps['activation_bytes']
   steps_per_epoch = data.steps_per_epoch(dataset, config)
   image = batch['image'].update(shape=(1, *dataset.example_shape))
   inference = jax.make_jaxpr(
@@ -233,49 +295,35 @@ def plan(config, memory=24, compile=True, gpu=None):
     return result
   kind = f'{gpu}s' if gpu else 'devices'
   print(f'compiling for {num_devices} {kind} ...', file=sys.stderr)
-  steps = {'activation_bytes': (step, state)}
-  if config.watch_every:
-    look = watch.create_watch_step(
-      config, data.describe(dataset), devices=devices
-    )
-    steps['watch_bytes'] = look, step_lib.variables(state)
   programs = compiled(steps, batch, gpu)
   told = hlo.summary(programs['activation_bytes'].as_text())
   result |= needs(programs, state, batch)
-  room = memory * 1e9 - result['memory_bytes']
   result |= {
-    'fits': room >= 0,
+    'fits': result['memory_bytes'] <= memory * 1e9,
     'collectives': sum(told['collectives'].values()),
     'collective_bytes': told['collective_bytes'],
   }
   if gpu:
-    double = jax.tree.map(
-      lambda x: x.update(shape=(x.shape[0], 2 * x.shape[1], *x.shape[2:])),
-      batch,
-    )
-    more = needs(compiled(steps, double, gpu), state, double)['memory_bytes']
-    more -= result['memory_bytes']
-    # By a line: as many more examples on each device as there is room for.
-    each = config.batch_size // num_devices
-    each = max(0, each + math.floor(room / more * each))
-    result |= {
-      'gpu': gpu,
-      'kernels': told['kernels'],
-      'moved_bytes': told['moved_bytes'],
-      'largest_batch_size': each * num_devices,
-    }
+    told = on_gpu(result, programs, steps, state, batch, gpu, memory)
+    rows = [{'setting': 'as it is'} | told]
+    rows += with_settings(config, dataset, devices, gpu, memory)
+    result |= told | {'gpu': gpu, 'settings': rows}
   return result
 
 
 def table(found, memory):
   """Returns the lines of a plan as people read it."""
 
-  def row(label, value, unit=''):
+  def scaled(value, unit=''):
     power = 0
     while unit and value >= 1000:
       value, power = value / 1000, power + 1
     number = f'{value:,.2f}' if unit else f'{value:,}'
-    return f'{label:40}{number:>12} {" kMGTPE"[power].strip()}{unit}'.rstrip()
+    return number, f'{" kMGTPE"[power]}{unit}'.strip()
+
+  def row(label, value, unit=''):
+    number, unit = scaled(value, unit)
+    return f'{label:40}{number:>12} {unit}'.rstrip()
 
   shape = ' x '.join(map(str, found['example_shape']))
   lines = [
@@ -316,10 +364,19 @@ def table(found, memory):
   if 'gpu' in found:
     lines += [
       f'As compiled for {found["gpu"]}; what cuDNN takes comes on top.',
-      f'The largest batch that fits: about {found["largest_batch_size"]:,}, by '
-      'a line',
-      'through the memory for this batch and for one twice as large.',
+      '',
+      'config.model_args  kernels      moved     memory  largest batch',
     ]
+    for one in found['settings']:
+      moved, memory = (
+        '{:>7} {:2}'.format(*scaled(one[name], 'B'))
+        for name in ('moved_bytes', 'memory_bytes')
+      )
+      lines.append(
+        f'{one["setting"]:18}{one["kernels"]:8,} {moved} {memory}'
+        f'{one["largest_batch_size"]:14,}'
+      )
+    lines += ['By a line through the memory for this batch and for two of it.']
   return lines
 
 

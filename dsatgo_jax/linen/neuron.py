@@ -166,11 +166,13 @@ class SpikingNeuron(nn.Module):
     gates = None
     if self.has_variable('cuts', 'gates'):
       gates = self.get_variable('cuts', 'gates')
+    x = neurons.sequence(x)
+    if norm is not None:
+      norm = norm.of(x if self.kernel == 'pallas' else None)
     parameters = neurons.Parameters(
       decay, v_th, self.f_c, self.width, tdbn_scale, norm, gates
     )
 
-    x = neurons.sequence(x)
     lead = () if per_step else (self.num_steps or x.shape[0],)
     initial = parameters._replace(v_th=self.v_th)
     averages = {

@@ -121,17 +121,21 @@ class TdBatchNorm(nn.Module):
       for name, fill in (('mean', jnp.zeros), ('var', jnp.ones))
     ]
     active = not self.is_initializing()
+    axis_name = self.axis_name if active else ()
     (mean, variance), new = tdbn.layer(
       x,
       (running[0].value, running[1].value),
       use_running_average=use_running_average,
       repeats=self.repeats,
       momentum=self.momentum,
-      axis_name=self.axis_name if active else (),
+      axis_name=axis_name,
       mask=mask,
     )
     if active and not use_running_average:
       for r, value in zip(running, new, strict=True):
         r.value = value
     learnt = tdbn.scale_and_bias(x, scale, bias, factor, self.factored)
-    return tdbn.affine(mean, variance, *learnt, self.epsilon)
+    whole = mask is None and self.repeats == 1 and not use_running_average
+    return tdbn.affine(
+      mean, variance, *learnt, self.epsilon, x if whole else None, axis_name
+    )

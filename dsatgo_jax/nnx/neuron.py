@@ -174,6 +174,8 @@ class SpikingNeuron(nnx.Module):
     """
     use_running_average = chosen(use_running_average, self)
     averages = self._averages
+    if norm is not None:
+      norm = norm.of(x if self.kernel == 'pallas' else None)
     # Outside `nnx.capture`, sowing would cost and keep everything.
     kinds = tuple(map(type, getattr(self, '__captures__', ())))
     spikes, state, told, running = layers.layer(

@@ -129,7 +129,11 @@ class TdBatchNorm(nnx.Module):
       self.mean[...], self.var[...] = new
     learnt = (a if a is None else a[...] for a in (self.scale, self.bias))
     scale, bias = tdbn.scale_and_bias(x, *learnt, self.factor, self.factored)
-    return tdbn.affine(mean, variance, scale, bias, self.epsilon)
+    whole = mask is None and self.repeats == 1 and not use_running_average
+    source = x if whole else None
+    return tdbn.affine(
+      mean, variance, scale, bias, self.epsilon, source, self.axis_name
+    )
 
   def set_view(self, use_running_average: bool | None = None):
     """For `nnx.view`.
