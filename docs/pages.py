@@ -84,9 +84,12 @@ def draw():
 
 
 def _python(*arguments):
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
   subprocess.run(
-    [sys.executable, *arguments], cwd=DOCS.parent, env=environment, check=True
+    [sys.executable, *arguments],
+    cwd=DOCS.parent,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.DEVNULL,
+    check=True,
   )
 
 

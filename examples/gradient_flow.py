@@ -19,7 +19,7 @@ from dsatgo_jax import linen as snn
 from dsatgo_jax import losses
 from dsatgo_jax.analysis import activity, flow
 
-DEPTH, BATCH = 12, 64
+DEPTH, BATCH = 8, 64
 METHODS = 'vanilla', 'at', 'tgo', 'ds_atgo'
 
 
