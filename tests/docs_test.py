@@ -31,7 +31,7 @@ def test_python_blocks_run(page, tmp_path):
 def test_pictures_are_drawn_by_the_page_that_shows_them():
   for page, code in SHOWN.items():
     for picture in pages.pictures(page):
-      assert f"savefig('{picture}')" in ''.join(code), (page, picture)
+      assert f"savefig('{picture}'" in ''.join(code), (page, picture)
 
 
 def test_reference_tells_each_field_and_each_public_module():
