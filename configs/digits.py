@@ -24,15 +24,17 @@ def get_config():
   config.num_classes = placeholder(int)  # None: those that the data have.
   config.validation_fraction = 0.1  # Of the training split, held out.
   config.normalize = True  # By mean and deviation of the training split.
-  config.mean = placeholder(tuple)
-  config.std = placeholder(tuple)
+  config.mean = placeholder(tuple)  # One number a channel; None: measured.
+  config.std = placeholder(tuple)  # The same of the deviation.
   config.augment = ('random_crop:1',)  # See train/augment.py.
   config.num_workers = 0  # Processes that read and augment; 0: a thread.
   config.batch_size = 64  # Over all devices.
 
   # Network.
   config.model = 'ConvNet'  # A class of dsatgo_jax.models.
-  config.model_args = ConfigDict({'stages': ((32, 32), (64, 64))})
+  config.model_args = ConfigDict(  # Further attributes of the class.
+    {'stages': ((32, 32), (64, 64))}
+  )
   config.num_steps = 4  # T.
   config.method = 'ds_atgo'  # A name of dsatgo_jax.methods.
   config.neuron = ConfigDict(
@@ -53,25 +55,25 @@ def get_config():
   config.dtype = 'float32'  # Or 'bfloat16'; the parameters are float32.
 
   # Optimisation.
-  config.seed = 0
+  config.seed = 0  # Of weights, order and augmentation.
   config.init_from = ''  # The workdir of a trained network to start from.
-  config.num_epochs = 20
+  config.num_epochs = 20  # 20 steps each.
   config.loss = 'cross_entropy'  # Or 'tet'.
-  config.label_smoothing = 0.1
+  config.label_smoothing = 0.1  # Spread over all classes; 0.0: none.
   config.class_weights = placeholder(tuple)  # In the loss; None: 1 each.
   config.optimizer = 'sgd'  # Or 'adamw'.
-  config.learning_rate = 0.1
-  config.momentum = 0.9
-  config.weight_decay = 1e-4
-  config.warmup_epochs = 1
-  config.cosine_per = 'step'
-  config.grad_clip_norm = 0.0
+  config.learning_rate = 0.1  # At its highest; a cosine brings it to 0.
+  config.momentum = 0.9  # Of SGD.
+  config.weight_decay = 1e-4  # Of all but learnt thresholds.
+  config.warmup_epochs = 1  # Through which the rate rises from 0.
+  config.cosine_per = 'step'  # Or 'epoch', as PyTorch steps it.
+  config.grad_clip_norm = 0.0  # The gradient's largest norm; 0.0: any.
 
-  config.select_on = 'validation'
-  config.log_every = 10
+  config.select_on = 'validation'  # Or 'test': what chooses the best state.
+  config.log_every = 10  # Steps between lines of metrics.
   config.watch_every = 20  # Steps; see train/watch.py. 0: never.
   config.save_every_minutes = 10.0  # And after every epoch. 0: then only.
   config.skip_nonfinite = 0  # Steps that may be left out, not being finite.
   config.hang_minutes = 30.0  # Without a step the run ends. 0: it waits.
-  config.profile = False
+  config.profile = False  # Trace a few steps; see train/profile.py.
   return config

@@ -41,10 +41,11 @@ def restored(workdir):
 
 
 def test_a_trained_network_in_three_lines(workdir):
-  """As the README shows it."""
+  """As docs/howto/train.md shows it."""
   model, variables, images, _ = restored(workdir)
   expected = model.apply(variables, images)
-  text = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
+  docs = pathlib.Path(__file__).parent.parent / 'docs'
+  text = (docs / 'howto/train.md').read_text()
   block = re.search(r'```python\n(import train\n.*?)```', text, re.DOTALL)[1]
   raw = np.load(workdir / 'data.npz')['x_test'][..., None] / 255
   namespace = {'images': np.float32(raw)}

@@ -1,8 +1,9 @@
 """What we say of other libraries, against these libraries.
 
-The README's tables row by row: spikes and gradients of what the first cell of a
-row makes, and of ours with the row's settings. `pip install -e '.[bench]'`
-brings the libraries; a row whose library is missing is skipped.
+The tables of docs/howto/peers.md row by row: spikes and gradients of what the
+first cell of a row makes, and of ours with the row's settings.
+`pip install -e '.[bench]'` brings the libraries; a row whose library is missing
+is skipped.
 """
 
 import functools
@@ -23,12 +24,14 @@ from train.datasets import cifar10_dvs
 # What they warn of is not ours.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
+PAGE = (
+  pathlib.Path(__file__).parent.parent / 'docs/howto/peers.md'
+).read_text()
 
 
 def table(head):
-  """The rows of the README's table whose first line begins so."""
-  lines = README.partition(f'| {head} |')[2].partition('\n\n')[0].splitlines()
+  """The rows of the table whose first line begins so."""
+  lines = PAGE.partition(f'| {head} |')[2].partition('\n\n')[0].splitlines()
   return [
     [cell.strip() for cell in line.strip('|').split('|')] for line in lines[2:]
   ]

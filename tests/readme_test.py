@@ -1,35 +1,35 @@
-"""What the README shows runs as it stands there."""
+"""What the README shows runs as it stands there, and leads somewhere."""
 
 import pathlib
 import re
 
+import jax
+
+from docs import pages
+
 ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / 'README.md'
 
 
-def test_python_blocks_run():
-  text = (ROOT / 'README.md').read_text()
-  blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-  assert len(blocks) == 7
-  namespace = {}
-  for block in blocks:
-    if 'train.load' in block:  # See evaluate_test, where there is a run.
-      continue
-    exec(block, namespace)
-    if 'class Layer' in block:  # NNX takes over the names after it.
-      layer, frames = namespace['Layer'](), namespace['images'][None]
-      key = namespace['jax'].random.key(0)
-      spikes, _ = layer.init_with_output(key, frames, train=True)
-      assert set(spikes.ravel().tolist()) == {0, 1}
-  assert namespace['logits'].shape == (8, 10)
-  assert namespace['sown']['spiking']['SpikingNeuron_0']['theta'].shape == (4,)
-  nnx, net = namespace['nnx'], namespace['Net']
-  assert net(nnx.Rngs(0))(namespace['images']).shape == (8, 10)
+def test_python_block_runs(tmp_path):
+  namespace = pages.run(README, tmp_path)
+  net, images = namespace['Net'](), jax.numpy.zeros((8, 16, 16, 1))
+  variables = net.init(jax.random.key(0), images, train=False)
+  assert net.apply(variables, images, train=False).shape == (8, 10)
+
+
+def test_links_lead_to_what_is_there():
+  for file in README, ROOT / 'CONTRIBUTING.md':
+    text = re.sub(r'`[^`\n]*`', '', file.read_text())
+    for target in re.findall(r'\]\(([^)#]+)', text):
+      assert target.startswith('https://') or (ROOT / target).exists(), target
 
 
 def test_layout_names_what_is_there():
-  text = (ROOT / 'README.md').read_text()
-  layout = text.split('## Layout')[1].split('```')[1]
+  text = (ROOT / 'docs/reference/layout.md').read_text()
+  layout = text.split('```')[1]
   names = re.findall(r'[a-z_]+(?:\.py|/)', layout)
+  assert names
   for name in names:
     assert any(
       any(ROOT.glob(folder + name)) for folder in ('', 'dsatgo_jax/', 'train/')

@@ -1,14 +1,14 @@
-"""What the README shows is right to type checkers, strict ones too."""
+"""What README and pages show is right to type checkers, strict ones too."""
 
 import json
 import pathlib
-import re
 import subprocess
 import sys
 import typing
 
 import pytest
 
+from docs import pages
 from dsatgo_jax import dynamics, methods
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -27,6 +27,12 @@ def recordings(x: jax.Array):
   )
   return spikes, both, snn.LeakyIntegrator()(x)
 """
+PAGES = {
+  'README.md': MORE,
+  'docs/howto/neuron.md': '',
+  'docs/howto/memory.md': '',
+  'docs/howto/nnx.md': '',
+}
 WRONG = """
 from dsatgo_jax import linen as snn
 
@@ -38,13 +44,12 @@ snn.SpikingNeuron(surrogate='atan')
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """The README's examples, one file for each of the two modules."""
+  """Their examples, one file a page."""
   folder = tmp_path_factory.mktemp('examples')
-  text = (ROOT / 'README.md').read_text()
-  blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-  *linen, of_nnx = [block for block in blocks if 'import train' not in block]
-  (folder / 'of_linen.py').write_text('\n'.join(linen) + MORE)
-  (folder / 'of_nnx.py').write_text(of_nnx)
+  for page, more in PAGES.items():
+    blocks = pages.blocks(ROOT / page)
+    code = '\n'.join(blocks) + more
+    (folder / f'of_{pathlib.Path(page).stem.lower()}.py').write_text(code)
   (folder / 'wrong.py').write_text(WRONG)
   (folder / 'pyrightconfig.json').write_text(json.dumps(STRICT))
   return folder
