@@ -101,7 +101,9 @@ def gradients(params, apply, x):
   return y, slopes
 
 
-@pytest.mark.parametrize('alone', [False, True])
+@pytest.mark.parametrize(
+  'alone', [pytest.param(False, marks=pytest.mark.sample), True]
+)
 @pytest.mark.parametrize(
   'largest', [1, pytest.param(4, marks=pytest.mark.sample)]
 )
@@ -119,7 +121,10 @@ def test_values_and_gradients_are_those_without(name, dtype, largest, alone):
   chex.assert_trees_all_equal(found, expected)
 
 
-@pytest.mark.parametrize('value', [0.5, 3.0, np.nan])
+@pytest.mark.parametrize(
+  'value',
+  [0.5, *(pytest.param(a, marks=pytest.mark.sample) for a in (3.0, np.nan))],
+)
 @pytest.mark.parametrize('name', LAYERS)
 def test_what_is_no_spike_shows(name, value):
   x = spikes(3, 2, 5, 5, 4).at[0, 0, 0, 0, 0].set(value)
