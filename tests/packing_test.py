@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.gpu import peak
 from dsatgo_jax import linen as snn
 from dsatgo_jax import losses, models, surrogate
 from dsatgo_jax import nnx as snnx
@@ -268,6 +269,28 @@ def test_a_pool_is_that_of_flax(shape, window, strides, padding, kind):
     for pool in (max_pool, snn.max_pool)
   )
   chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+PROGRAM = """HloModule program, is_scheduled=true
+
+ENTRY %main (a: f32[64]) -> f32[512] {
+  %a = f32[64]{0} parameter(0)
+  %b = (f32[64]{0}, bf16[256]{0}) fusion(%a), calls=%f, metadata={op_name="b"}
+  %c = bf16[256]{0} get-tuple-element(%b), index=1
+  %d = bf16[16,16]{1,0} bitcast(%c)
+  %e = f32[512]{0} fusion(%d), calls=%f, metadata={op_name="e"}
+  %f = pred[256]{0} fusion(%e), calls=%f, metadata={op_name="f"}
+  ROOT %g = f32[512]{0} fusion(%e, %f), calls=%f
+}
+"""
+
+
+def test_what_is_in_memory_at_its_largest():
+  arrays = [
+    (2048, 'f32[512]', 'e'),
+    (512, 'bf16[256]', 'b'),
+  ]
+  assert peak(PROGRAM) == ('e', arrays)
 
 
 def test_a_pool_keeps_a_byte_for_each_window():
