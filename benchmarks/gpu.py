@@ -56,6 +56,8 @@ NEURONS = {
 }
 COLUMNS = ('card', 'dtype', 'network', 'devices', 'neurons')
 NUMBERS = ('kernels', 'MiB moved', 'MiB temporary')
+# What makes no array of its own.
+PASS = 'bitcast', 'get-tuple-element', 'optimization-barrier', 'tuple'
 MOST = 25  # Arrays that `--peak` prints.
 GROWTH = 1.1  # What `--check` lets pass.
 
@@ -173,10 +175,12 @@ def peak(text):
   for now, i in enumerate(order):
     operands = [holds.get(name, []) for name in i.operands]
     read = list(itertools.chain(*operands))
-    holds[i.name] = read if i.op in hlo.FREE else []
     if i.op == 'get-tuple-element':
-      holds[i.name] = [read[int(re.search(r'index=(\d+)', i.attributes)[1])]]
-    elif i.op not in hlo.FREE:
+      index = int(re.search(r'index=(\d+)', i.attributes)[1])
+      read = read[index : index + 1]
+    if i.op in PASS:
+      holds[i.name] = read
+    else:
       number = len(made)
       made += [(now, shape) for shape in i.shapes]
       holds[i.name] = list(range(number, len(made)))
@@ -185,7 +189,9 @@ def peak(text):
   live = [[] for _ in order]
   for number in set(last) - set(returned):
     first, (dtype, sizes) = made[number]
-    bits = hlo.BITS.get(dtype) or int(re.sub(r'\D', '', dtype) or 0)
+    if order[first].op in hlo.FREE:
+      continue
+    bits = hlo.BITS.get(dtype) or int(re.findall(r'\d+', dtype + ' 0')[0])
     found = bits * math.prod(sizes) // 8, f'{dtype}{list(sizes)}', order[first]
     for now in range(first, last[number] + 1):
       live[now].append(found)
