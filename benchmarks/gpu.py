@@ -4,7 +4,7 @@
   python -m benchmarks.gpu [--cards h100,rtx4090] [--dtypes bfloat16,float32] \
       [--networks ResNet-19,...] [--ways 1,4-jit,...] \
       [--neurons spiking,pallas,packed,layer,pallas+packed,pallas+layer] \
-      [--sources] [--json FILE]
+      [--sources] [--peak] [--json FILE]
   python -m benchmarks.gpu --check benchmarks/gpu.json
 
 Neither a driver nor CUDA is needed. Loss and gradients of each network beside
@@ -13,7 +13,8 @@ its twin with ReLU in the place of the neurons, as it is and with
 kernels, MiB moved by those that are no library's, temporary MiB (without
 cuDNN's own) and collectives, a device; on one device, and on four under
 `jax.jit` with a sharded batch, `pmap` and `shard_map`. Nothing runs, so no time
-is measured. `--sources` tells under each row where its kernels come from.
+is measured. `--sources` tells under each row where its kernels come from,
+`--peak` which arrays there are when memory is at its largest.
 
 `--check` measures what is in a file again, and fails where a figure has grown
 by more than a tenth. Where Triton works but on a GPU, it leaves out 'pallas'.
@@ -23,7 +24,9 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import pathlib
+import re
 import sys
 
 import jax
@@ -53,6 +56,9 @@ NEURONS = {
 }
 COLUMNS = ('card', 'dtype', 'network', 'devices', 'neurons')
 NUMBERS = ('kernels', 'MiB moved', 'MiB temporary')
+# What makes no array of its own.
+PASS = 'bitcast', 'get-tuple-element', 'optimization-barrier', 'tuple'
+MOST = 25  # Arrays that `--peak` prints.
 GROWTH = 1.1  # What `--check` lets pass.
 
 
@@ -151,7 +157,55 @@ def numbers(program):
   }
 
 
-def table(cases, with_sources=False):
+def peak(text):
+  """What is alive where a program's temporary arrays come to most.
+
+  Where a kernel writes over what it reads is not known: it may come to less.
+
+  Args:
+    text: optimised HLO, scheduled.
+
+  Returns:
+    JAX's name of what runs then, and of each array its bytes, dtype, shape and
+    JAX's name of what made it, the largest first.
+  """
+  computations, entry = hlo.parse(text)
+  order = list(computations[entry].values())
+  holds, made, last = {}, [], {}
+  for now, i in enumerate(order):
+    operands = [holds.get(name, []) for name in i.operands]
+    read = list(itertools.chain(*operands))
+    if i.op == 'get-tuple-element':
+      index = int(re.search(r'index=(\d+)', i.attributes)[1])
+      read = read[index : index + 1]
+    if i.op in PASS:
+      holds[i.name] = read
+    else:
+      number = len(made)
+      made += [(now, shape) for shape in i.shapes]
+      holds[i.name] = list(range(number, len(made)))
+    last |= dict.fromkeys(read + holds[i.name], now)
+  returned = holds[next(i.name for i in order if i.root)]
+  live = [[] for _ in order]
+  for number in set(last) - set(returned):
+    first, (dtype, sizes) = made[number]
+    if order[first].op in hlo.FREE:
+      continue
+    bits = hlo.BITS.get(dtype) or int(re.findall(r'\d+', dtype + ' 0')[0])
+    found = bits * math.prod(sizes) // 8, f'{dtype}{list(sizes)}', order[first]
+    for now in range(first, last[number] + 1):
+      live[now].append(found)
+  now = max(range(len(order)), key=lambda now: sum(a[0] for a in live[now]))
+
+  def name(i):
+    found = re.search(r'op_name="([^"]*)"', i.attributes)
+    return found[1] if found else i.name
+
+  arrays = sorted(live[now], key=lambda a: -a[0])
+  return name(order[now]), [(*rest, name(i)) for *rest, i in arrays]
+
+
+def table(cases, with_sources=False, with_peak=False):
   """Prints the table, and returns its rows; a twin comes before its network."""
   print('| ' + ' | '.join([*COLUMNS, *NUMBERS, 'collectives']) + ' |')
   print('| --- ' * (len(COLUMNS) + len(NUMBERS) + 1) + '|')
@@ -171,6 +225,11 @@ def table(cases, with_sources=False):
       found = sorted(hlo.sources(program.as_text()).items())
       for key, (launched, size) in found:
         print(f'  {" ".join(key):30}{launched:6}{size / 2**20:9.1f} MiB')
+    if with_peak:
+      at, arrays = peak(program.as_text())
+      print(f'  {sum(a[0] for a in arrays) / 2**20:.1f} MiB at {at}')
+      for size, *rest in arrays[:MOST]:
+        print(f'  {size / 2**20:9.1f} MiB', *rest)
     rows.append(dict(zip(COLUMNS, case, strict=True)) | row)
   return rows
 
@@ -215,6 +274,9 @@ def main():
   parser.add_argument(
     '--sources', action='store_true', help='where kernels come from'
   )
+  parser.add_argument(
+    '--peak', action='store_true', help='what is in memory at its largest'
+  )
   parser.add_argument('--json', metavar='FILE', help='write every number there')
   parser.add_argument(
     '--check', metavar='FILE', help='compare with those that --json wrote'
@@ -232,7 +294,7 @@ def main():
   else:
     arguments.neurons.insert(0, 'ReLU')
     cases = itertools.product(*(getattr(arguments, name) for name in choices))
-  rows = table(cases, arguments.sources)
+  rows = table(cases, arguments.sources, arguments.peak)
   if arguments.json:
     found = {'jax': jax.__version__, 'rows': rows}
     text = json.dumps(found, indent=1) + '\n'

@@ -1,6 +1,7 @@
 """Blocks of arrays, as Pallas kernels for a GPU (Triton) go over them."""
 
 import functools
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -211,7 +212,7 @@ def unit(size):
 
 
 def pooled(number, parts):
-  """Mean, root of the squares about it and size, of so many parts' [N, 3]."""
+  """Mean, root of the squares about it and size, of so many parts, [N, ...]."""
   size = parts.shape[0]
   mask = pl.program_id(0) * size + jnp.arange(size) < number
   means, norms, counts = (
@@ -244,6 +245,38 @@ def pool(parts, most):
     )
     parts = call(parts)
   return parts
+
+
+def gathered(parts, axis_name):
+  """The parts of all devices, each device's pooled, in one all-reduce.
+
+  Args:
+    parts: [N, 3], N <= 1024.
+    axis_name: mapped axis, or axes; None for one device.
+
+  Returns:
+    Parts, [M, 3 or more], and how many rows of them there are.
+  """
+  if not axis_name:
+    return parts, len(parts)
+  number, size = lax.axis_size(axis_name), len(parts)
+  shape = _power(number), 4
+
+  def body(parts, mine, places):
+    row, column = (
+      lax.broadcasted_iota(jnp.int32, shape, axis).reshape(-1)
+      for axis in range(2)
+    )
+    found = jnp.zeros(row.shape, parts.dtype)
+    for i, value in enumerate(pooled(size, parts)):
+      found = jnp.where((row == mine[0]) & (column == i), value, found)
+    places[...] = found
+
+  arrays = parts, lax.axis_index(axis_name).reshape(1)
+  like = varying(parts, (math.prod(shape),), parts.dtype)
+  # The device's place among zeros: XLA would take a kernel more for that.
+  places = of_rows(body, 'neuron_pools', arrays, like)(*arrays)
+  return lax.psum(places, axis_name).reshape(shape), number
 
 
 def of_rows(body, name, arrays, outputs):

@@ -31,6 +31,7 @@ from dsatgo_jax.blocks import (
   batch_major,
   blocks_of,
   flat,
+  gathered,
   given_of,
   of_rows,
   pool,
@@ -247,12 +248,10 @@ def _levels(settings, parameters, t, moments, count):
     leaves = (next(rest) if is_read else None for is_read in read)
     return core.jaxpr_as_fun(rules)(mean, std, *leaves)
 
-  parts = pool(moments, 1024)
-  if settings.axis_name:
-    parts = devices.gather(pool(parts, 1)[0], settings.axis_name)
+  parts, number = gathered(pool(moments, 1024), settings.axis_name)
   free = count * devices.axis_size(settings.axis_name) - 1
   if not any(map(jnp.ndim, numbers)):
-    body = functools.partial(_decide, len(parts), of_numbers, free)
+    body = functools.partial(_decide, number, of_numbers, free)
     arrays = parts, [a.reshape(1) for a in numbers]
     like = varying(parts, (1,), parts.dtype)
     outputs = [like] * (2 + len(rules.out_avals))
@@ -261,7 +260,7 @@ def _levels(settings, parameters, t, moments, count):
       mean, std, *found = (a.reshape(()) for a in call(*arrays))
       found = jax.tree.unflatten(jax.tree.structure(shape), found)
       return statistics.Statistics(mean, std), found
-  mean, norm, _ = pool(parts, 1)[0]
+  mean, norm, _ = pool(parts[:number, :3], 1)[0]
   measured = statistics.Statistics(mean, norm / math.sqrt(free))
   return measured, levels(*measured, *leaves)
 

@@ -181,8 +181,15 @@ def check_start(params, scale):
   'network, shape, dense',
   [
     (models.ResNet19, (32, 32, 3), {'head/layer/kernel', 'classifier/kernel'}),
-    (models.VGGSNN, (48, 48, 2), {'classifier/kernel'}),
-    (models.SEWResNet18, (64, 64, 3), {'classifier/kernel'}),
+    *(
+      pytest.param(
+        network, shape, {'classifier/kernel'}, marks=pytest.mark.sample
+      )
+      for network, shape in [
+        (models.VGGSNN, (48, 48, 2)),
+        (models.SEWResNet18, (64, 64, 3)),
+      ]
+    ),
   ],
 )
 def test_start_is_that_of_the_authors_program(network, shape, dense):

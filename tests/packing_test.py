@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.gpu import peak
 from dsatgo_jax import linen as snn
 from dsatgo_jax import losses, models, surrogate
 from dsatgo_jax import nnx as snnx
@@ -101,7 +102,9 @@ def gradients(params, apply, x):
   return y, slopes
 
 
-@pytest.mark.parametrize('alone', [False, True])
+@pytest.mark.parametrize(
+  'alone', [pytest.param(False, marks=pytest.mark.sample), True]
+)
 @pytest.mark.parametrize(
   'largest', [1, pytest.param(4, marks=pytest.mark.sample)]
 )
@@ -119,7 +122,10 @@ def test_values_and_gradients_are_those_without(name, dtype, largest, alone):
   chex.assert_trees_all_equal(found, expected)
 
 
-@pytest.mark.parametrize('value', [0.5, 3.0, np.nan])
+@pytest.mark.parametrize(
+  'value',
+  [0.5, *(pytest.param(a, marks=pytest.mark.sample) for a in (3.0, np.nan))],
+)
 @pytest.mark.parametrize('name', LAYERS)
 def test_what_is_no_spike_shows(name, value):
   x = spikes(3, 2, 5, 5, 4).at[0, 0, 0, 0, 0].set(value)
@@ -263,6 +269,28 @@ def test_a_pool_is_that_of_flax(shape, window, strides, padding, kind):
     for pool in (max_pool, snn.max_pool)
   )
   chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+PROGRAM = """HloModule program, is_scheduled=true
+
+ENTRY %main (a: f32[64]) -> f32[512] {
+  %a = f32[64]{0} parameter(0)
+  %b = (f32[64]{0}, bf16[256]{0}) fusion(%a), calls=%f, metadata={op_name="b"}
+  %c = bf16[256]{0} get-tuple-element(%b), index=1
+  %d = bf16[16,16]{1,0} bitcast(%c)
+  %e = f32[512]{0} fusion(%d), calls=%f, metadata={op_name="e"}
+  %f = pred[256]{0} fusion(%e), calls=%f, metadata={op_name="f"}
+  ROOT %g = f32[512]{0} fusion(%e, %f), calls=%f
+}
+"""
+
+
+def test_what_is_in_memory_at_its_largest():
+  arrays = [
+    (2048, 'f32[512]', 'e'),
+    (512, 'bf16[256]', 'b'),
+  ]
+  assert peak(PROGRAM) == ('e', arrays)
 
 
 def test_a_pool_keeps_a_byte_for_each_window():

@@ -58,8 +58,8 @@ class Cell(nn.RNNCellBase):
 @pytest.mark.parametrize(
   'method, inference',
   [
-    ('ds_atgo', False),
     ('ds_atgo', True),
+    pytest.param('ds_atgo', False, marks=pytest.mark.sample),
     pytest.param('vanilla', False, marks=pytest.mark.sample),
   ],
 )
@@ -229,7 +229,9 @@ FEEDBACK = {
 }
 
 
-@pytest.mark.parametrize('kind', FEEDBACK)
+@pytest.mark.parametrize(
+  'kind', ['current', pytest.param('adapting', marks=pytest.mark.sample)]
+)
 def test_currents_are_a_loop_whole_and_in_parts(kind):
   x, feedback = normal(12, 4, 3), FEEDBACK[kind]
   expected = by_hand(x, kind)
@@ -281,7 +283,10 @@ def test_a_third_one_is_a_function():
 # The readout.
 
 
-@pytest.mark.parametrize('decay', [0.7, np.linspace(0.3, 0.9, 3)])
+@pytest.mark.parametrize(
+  'decay',
+  [np.linspace(0.3, 0.9, 3), pytest.param(0.7, marks=pytest.mark.sample)],
+)
 def test_a_leaky_integrator_is_a_loop(decay):
   """In both modules, gradients included, whole and in parts."""
   x, weights = normal(20, 4, 3), normal(20, 4, 3, seed=1)

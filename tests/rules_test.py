@@ -19,6 +19,14 @@ OWN = ('ds_atgo_per_channel', 'quantile', 'moving')
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 
 
+def fast(*methods):
+  """All of them, the others as a sample."""
+  return [
+    pytest.param(method, marks=[pytest.mark.sample] * (method not in methods))
+    for method in OWN
+  ]
+
+
 def skewed(*shape, seed=0):
   x = np.random.default_rng(seed).exponential(1, shape)
   return jnp.asarray(x, jnp.float32)
@@ -46,7 +54,7 @@ def loop(x, method, decay=0.2, v_th=1.0):
 @pytest.mark.parametrize(
   'num_steps', [4, pytest.param(18, marks=pytest.mark.sample)]
 )
-@pytest.mark.parametrize('method', OWN)
+@pytest.mark.parametrize('method', fast('moving', 'quantile'))
 def test_equal_to_a_loop_and_both_ways_alike(method, num_steps):
   x = skewed(num_steps, 3, 4, 5)
   parameters = jax.tree.map(jnp.float32, Parameters())
@@ -69,7 +77,7 @@ def test_equal_to_a_loop_and_both_ways_alike(method, num_steps):
   close(state.theta, theta[-1])
 
 
-@pytest.mark.parametrize('method', OWN)
+@pytest.mark.parametrize('method', fast('moving'))
 def test_parts_with_the_state_passed_on_equal_the_whole(method):
   x = skewed(5, 3, 4)
   whole, end, _ = neurons.run(x, method=method)
@@ -86,10 +94,7 @@ def test_parts_with_the_state_passed_on_equal_the_whole(method):
       neurons.run(x, method=method, state=other)
 
 
-@pytest.mark.parametrize(
-  'method',
-  ['moving', *(pytest.param(m, marks=pytest.mark.sample) for m in OWN[:2])],
-)
+@pytest.mark.parametrize('method', fast('moving'))
 def test_layers_and_cells_of_both_modules(method):
   x = skewed(3, 4, 5)
   expected, _, record = neurons.run(x, method=method)
@@ -128,7 +133,7 @@ def test_nnx_asks_for_the_shape_that_it_cannot_know():
     snnx.SpikingNeuron('ds_atgo_per_channel', num_steps=2)
 
 
-@pytest.mark.parametrize('method', OWN)
+@pytest.mark.parametrize('method', fast('ds_atgo_per_channel'))
 def test_pooled_over_devices_and_of_what_is_real(method):
   x = skewed(2, 8, 6)
   x = x * jnp.arange(1, 9)[:, None]

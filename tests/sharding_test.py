@@ -236,11 +236,11 @@ def sent(net, mesh, spec_of):
 @pytest.mark.parametrize(
   'train, packed, kind',
   [
-    (True, False, AxisType.Auto),
     (True, True, AxisType.Explicit),
     *(
       pytest.param(*case, marks=pytest.mark.sample)
       for case in [
+        (True, False, AxisType.Auto),
         (True, False, AxisType.Explicit),
         (True, True, AxisType.Auto),
         (False, False, AxisType.Auto),

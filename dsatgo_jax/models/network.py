@@ -90,6 +90,8 @@ class Network(nn.Module):
     spike = surrogates.get(self.surrogate)
     whole = not getattr(spike, 'forward_mode', False)
     packs = whole and (self.pack or self.remat)
+    # XLA joins its own pool's gradient with its own kernels of neurons alone.
+    pools = packs or whole and self.kernel == 'pallas'
 
     def conv(*args, spikes=None, **settings):
       if packs and spikes:
@@ -128,7 +130,7 @@ class Network(nn.Module):
         **shared,
       ),
       REMAT[self.remat],
-      packing.max_pool if packs else snn.max_pool,
+      packing.max_pool if pools else snn.max_pool,
     )
 
   @nn.nowrap
