@@ -10,6 +10,7 @@ after a colon is the setting, as in `('random_crop:2', 'flip')`.
 
 import argparse
 import functools
+import pathlib
 import inspect
 import math
 
@@ -356,9 +357,10 @@ def draw(tile=64, samples=16):
 def main():
   """Writes the picture."""
   parser = argparse.ArgumentParser(description=main.__doc__)
-  parser.add_argument('--output', default='docs/augmentation.png')
-  picture = draw()
-  picture.quantize(256).save(parser.parse_args().output, optimize=True)
+  parser.add_argument('--output', default='docs/made/augmentation.png')
+  output = pathlib.Path(parser.parse_args().output)
+  output.parent.mkdir(parents=True, exist_ok=True)
+  draw().quantize(256).save(output, optimize=True)
 
 
 if __name__ == '__main__':
