@@ -10,9 +10,9 @@ after a colon is the setting, as in `('random_crop:2', 'flip')`.
 
 import argparse
 import functools
-import pathlib
 import inspect
 import math
+import pathlib
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
