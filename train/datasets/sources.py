@@ -16,7 +16,14 @@ import tensorflow_datasets as tfds
 from google.protobuf import json_format  # TFDS's, and it lets it through.
 
 # The builders register themselves with TFDS when they are imported.
-from train.datasets import archive, cifar10_dvs, digits, digits_dvs, mnist_5000, npz  # noqa: F401
+from train.datasets import (  # noqa: F401
+  archive,
+  cifar10_dvs,
+  digits,
+  digits_dvs,
+  mnist_5000,
+  npz,
+)
 
 # What TFDS cannot download, and where users get it.
 MANUAL_FILES = {
