@@ -5,14 +5,12 @@ The only file that knows Orbax. A checkpoint is a state, as host arrays, and
 kept with them, because array data damaged on disk reads back without an error.
 """
 
-import asyncio.log
 import contextlib
 import errno
 import json
 import os
 import pathlib
 import shutil
-import sys
 import zlib
 
 import jax
@@ -26,18 +24,6 @@ from flax import serialization, traverse_util
 KEPT = {'latest': 2, 'best': 1, 'nonfinite': 1}
 TORN = '.orbax-checkpoint-tmp'
 UNTIL = '.until.'  # `12.until.12` is kept until there is a new 12.
-
-# An error of Orbax is raised. That it also logs, with the stack of each thread
-# and task that it passes, and that its other reads and writes then find their
-# loop closed, tells nothing more.
-asyncio.log.logger.setLevel('CRITICAL')
-logging.get_absl_logger().addFilter(
-  lambda record: not (record.exc_info and '/orbax/' in record.pathname)
-)
-_unraisable = sys.unraisablehook
-sys.unraisablehook = lambda found: (
-  None if str(found.exc_value) == 'Event loop is closed' else _unraisable(found)
-)
 
 
 def directory(workdir, which):

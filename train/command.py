@@ -1,5 +1,6 @@
 """How the commands of this folder run: whatever goes wrong is one line."""
 
+import asyncio.log
 import sys
 
 from absl import app, flags, logging
@@ -20,6 +21,22 @@ def keep_compiled():
 
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir', f'{WORKDIR.value}/compiled')
+
+
+def hush():
+  """Lets an error of Orbax be told once, by the command.
+
+  It also logs it, with the stack of each thread and task that it passes, and
+  its other reads and writes then find their loop closed.
+  """
+  asyncio.log.logger.setLevel('CRITICAL')
+  logging.get_absl_logger().addFilter(
+    lambda record: not (record.exc_info and '/orbax/' in record.pathname)
+  )
+  before = sys.unraisablehook
+  sys.unraisablehook = lambda found: (
+    None if str(found.exc_value) == 'Event loop is closed' else before(found)
+  )
 
 
 def run(main, *required):
@@ -45,6 +62,7 @@ def run(main, *required):
     return argv[:1]
 
   def guarded(_):
+    hush()
     try:
       main()
     except (ValueError, FloatingPointError, OSError) as error:
