@@ -1,0 +1,1 @@
+"""What docs/findings.md counts that no other command does."""
