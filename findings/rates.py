@@ -12,32 +12,29 @@ import json
 import pathlib
 
 import numpy as np
-from absl import flags
 
+from findings import RUNS, seeds
 from train import command
 
-RUNS = flags.DEFINE_multi_string(
-  'runs',
-  None,
-  'A folder of runs seed_0, seed_1 and so on; as often as need be.',
-)
 STEADY = 15.0, 17.0  # Percent: where Theorem 1 sees the firing rate.
 LAST = 3  # So many layers are the last ones.
 
 
-def seeds(folder):
-  """Returns results and watched lines of the runs in a folder."""
+def read(folder):
+  """Returns layers of the result, and watched lines, of the runs in a folder.
+
+  Raises:
+    ValueError: one is not finished, or was not watched.
+  """
   from train import metrics
 
   found = []
-  for run in sorted(pathlib.Path(folder).glob('seed_*')):
+  for run in seeds(folder).values():
     result = metrics.read_json(run / 'result.json')
-    watched = [line for line in metrics.read(run) if 'watch' in line]
+    watched = [line['watch'] for line in metrics.read(run) if 'watch' in line]
     if not result or not watched:
       raise ValueError(f'expected a finished run that was watched in {run}')
-    found.append((result['layers'], [line['watch'] for line in watched]))
-  if not found:
-    raise ValueError(f'expected runs seed_0 and so on in {folder}, got none')
+    found.append((result['layers'], watched))
   return found
 
 
@@ -95,7 +92,7 @@ def gradients(flows):
 
 def measured(folder):
   """Returns `{'test', 'training'}` and `{'first step', 'last step'}`."""
-  results, watched = zip(*seeds(folder), strict=True)
+  results, watched = zip(*read(folder), strict=True)
   return {
     'activity': {
       'test': activity(results),

@@ -1,7 +1,7 @@
 r"""Whether a difference between two methods grows, as with depth.
 
   python -m findings.slopes --at=8=runs/depth_8 --at=19=runs/digits \
-    --methods=ds_atgo,vanilla
+    --pair=ds_atgo,vanilla
 
 Takes comparisons of `train.compare`, each at its number x, and of each seed the
 slope of the paired difference over x (least squares): percent of accuracy for
@@ -19,8 +19,8 @@ from train import command
 AT = flags.DEFINE_multi_string(
   'at', None, 'X=FOLDER of a comparison; two or more.'
 )
-METHODS = flags.DEFINE_list(
-  'methods', ['ds_atgo', 'vanilla'], 'The first one minus the second one.'
+PAIR = flags.DEFINE_list(
+  'pair', ['ds_atgo', 'vanilla'], 'The first one minus the second one.'
 )
 
 
@@ -53,9 +53,9 @@ def main():
   from train import compare, paired, tables
 
   given = [one.partition('=')[::2] for one in AT.value]
-  if len(given) < 2 or len(METHODS.value) != 2:
-    raise ValueError('expected two --at or more and two --methods')
-  values = np.array([differences(path, METHODS.value) for _, path in given])
+  if len(given) < 2 or len(PAIR.value) != 2:
+    raise ValueError('expected two --at or more and a --pair of two methods')
+  values = np.array([differences(path, PAIR.value) for _, path in given])
   found = {
     f'at {x}': paired.compare(v)
     for (x, _), v in zip(given, values, strict=True)
@@ -71,7 +71,7 @@ def main():
     ]
     for name, one in found.items()
   }  # fmt: skip
-  title = f'{METHODS.value[0]} - {METHODS.value[1]}'
+  title = f'{PAIR.value[0]} - {PAIR.value[1]}'
   print(*tables.table(title, ['points', '95 % interval', 'p'], rows), sep='\n')
 
 

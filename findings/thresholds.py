@@ -9,19 +9,15 @@ past the last of which its threshold is held. The differences from the first are
 paired by seed, their p values adjusted for the number of ways (Holm).
 """
 
-import functools
 import json
-import pathlib
 
 import jax
 import numpy as np
 from absl import flags
 
+from findings import RUNS, seeds
 from train import command
 
-RUNS = flags.DEFINE_string(
-  'runs', None, 'The folder of the runs seed_0, seed_1 and so on.'
-)
 NUM_STEPS = flags.DEFINE_multi_integer(
   'num_steps', [1, 2, 4, 8], 'Numbers of timesteps to try on images.'
 )
@@ -88,23 +84,27 @@ def main():
   """Prints the accuracies and their comparison."""
   from train import compare
 
-  folders = sorted(pathlib.Path(RUNS.value).glob('seed_*'))
-  if len(folders) < 2:
-    raise ValueError(
-      f'expected two runs or more in {RUNS.value}, got {folders}'
-    )
-  measure = functools.partial(accuracies, num_steps=NUM_STEPS.value)
-  found = {int(f.name.removeprefix('seed_')): measure(f) for f in folders}
-  found = compare.compared(
-    {
-      way: {seed: found[seed][way] for seed in sorted(found)}
-      for way in next(iter(found.values()))
+  found = {}
+  for folder in RUNS.value:
+    each = {
+      seed: accuracies(run, NUM_STEPS.value)
+      for seed, run in seeds(folder).items()
     }
-  )
+    if len(each) < 2:
+      raise ValueError(
+        f'expected two runs or more in {folder}, got {len(each)}'
+      )
+    found[folder] = compare.compared(
+      {
+        way: {seed: told[way] for seed, told in each.items()}
+        for way in next(iter(each.values()))
+      }
+    )
   if command.JSON.value:
     print(json.dumps(found))
-  else:
-    print(*compare.lines(found), sep='\n')
+    return
+  for folder, told in found.items():
+    print(folder, *compare.lines(told), sep='\n', end='\n\n')
 
 
 if __name__ == '__main__':

