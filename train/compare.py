@@ -6,7 +6,8 @@ r"""Compares methods: several seeds each, all from the same start.
 Takes the same `--config.FIELD=...` as `train.main`. A seed gives every method
 the same weights and the same batches. Settings of a method's own follow its
 name: `ds_atgo+threshold=estimated+f_c=0.5`, fields of `config.neuron`, of the
-config, or attributes of the network; a tuple as a list, `at+cut=['reset']`.
+config, or attributes of the network; a tuple as a list, `at+cut=['reset']`,
+and what has commas in double quotes, `at,"at+cut=['leak','reset']"`.
 
 What is compared is the accuracy of the last epoch on the test split, by a
 paired t test over the seeds, with its 95 % interval; p is adjusted for the
