@@ -12,10 +12,17 @@ def whole(page):
   return page.relative_to(pages.DOCS).with_suffix('').as_posix()
 
 
+def cases():
+  """The pages with code; the site runs those that draw, and CI the site."""
+  for page, code in filter(lambda one: one[1], SHOWN.items()):
+    sampled = 'accuracy =' in ''.join(code) or not pages.pictures(page)
+    mark = pytest.mark.sample if sampled else pytest.mark.slow
+    yield pytest.param(page, id=whole(page), marks=mark)
+
+
 # Pictures are drawn with matplotlib, which warns of what is its own.
-@pytest.mark.sample
 @pytest.mark.filterwarnings('ignore::DeprecationWarning:matplotlib')
-@pytest.mark.parametrize('page', [*filter(SHOWN.get, SHOWN)], ids=whole)
+@pytest.mark.parametrize('page', [*cases()])
 def test_python_blocks_run(page, tmp_path):
   namespace = pages.run(page, tmp_path)
   for name, least in {'accuracy': 0.9, 'nnx_accuracy': 0.9}.items():
