@@ -279,15 +279,15 @@ def eval_batches(sources, config, *, batch_size, host=0, num_hosts=1):
     last = len(source) - 1
     return transform(source[min(index, last)]) | {'mask': index <= last}
 
+  def examples(source, times):
+    size = -(-len(source) // batch_size) * batch_size
+    each = functools.partial(example, source)
+    return grain.MapDataset.range(size).map(each).repeat(times)
+
+  # A run of many epochs reads the same source as often.
+  same = (list(run) for _, run in itertools.groupby(sources, key=id))
   batches = (
-    grain.MapDataset.concatenate(
-      [
-        grain.MapDataset.range(count * batch_size).map(
-          functools.partial(example, source)
-        )
-        for source, count in zip(sources, counts, strict=True)
-      ]
-    )
+    grain.MapDataset.concatenate([examples(run[0], len(run)) for run in same])
     .slice(slice(host, None, num_hosts))
     .batch(per_host)
   )
