@@ -105,8 +105,7 @@ def _settled(equation, origins):
   """Of what a loop's body takes, once what is carried has gone around."""
   settings = equation.params
   if equation.primitive.name == 'scan':
-    body, first = settings['jaxpr'], settings['num_consts']
-    last = first + settings['num_carry']
+    body, (first, last) = settings['jaxpr'], _carried(settings)
   else:
     origins = origins[settings['cond_nconsts'] :]
     body, first = settings['body_jaxpr'], settings['body_nconsts']
@@ -117,6 +116,15 @@ def _settled(equation, origins):
     if carried == origins[first:last]:
       return origins
     origins = origins[:first] + carried + origins[last:]
+
+
+def _carried(settings):
+  """Where what a scan carries begins and ends among its arguments."""
+  if 'ft_in' in settings:  # Since JAX 0.12.
+    constants, carry, _ = map(len, settings['ft_in'].unpack())
+  else:
+    constants, carry = settings['num_consts'], settings['num_carry']
+  return constants, constants + carry
 
 
 def _trace(closed, origins):
@@ -234,15 +242,14 @@ def _run_inside(equation, arguments, origins, largest):
 
 def _run_scan(equation, arguments, origins, largest):
   settings = equation.params
-  first = settings['num_consts']
-  last = first + settings['num_carry']
+  first, last = _carried(settings)
   origins = _settled(equation, origins)
 
   def body(carry, x):
     results, counts = _run(
       settings['jaxpr'], [*arguments[:first], *carry, *x], origins, largest
     )
-    split = settings['num_carry']
+    split = last - first
     return results[:split], (results[split:], counts)
 
   carry, (stacked, counts) = lax.scan(
