@@ -18,8 +18,8 @@ from absl import flags
 from findings import RUNS, seeds
 from train import command
 
-NUM_STEPS = flags.DEFINE_multi_integer(
-  'num_steps', [1, 2, 4, 8], 'Numbers of timesteps to try on images.'
+LENGTHS = flags.DEFINE_multi_integer(
+  'lengths', [1, 2, 4, 8], 'Numbers of timesteps to try on images.'
 )
 TRAINED = 'per timestep'
 
@@ -87,7 +87,7 @@ def main():
   found = {}
   for folder in RUNS.value:
     each = {
-      seed: accuracies(run, NUM_STEPS.value)
+      seed: accuracies(run, LENGTHS.value)
       for seed, run in seeds(folder).items()
     }
     if len(each) < 2:
