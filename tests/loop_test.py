@@ -11,8 +11,18 @@ import numpy as np
 import pytest
 from absl import logging
 
+from dsatgo_jax import methods
 from tests import tiny
-from train import checkpoints, data, ending, journal, lock, loop, metrics
+from train import (
+  checkpoints,
+  data,
+  ending,
+  journal,
+  lock,
+  loop,
+  metrics,
+  report,
+)
 from train import step as step_lib
 
 
@@ -294,3 +304,22 @@ def test_steps_that_are_not_finite_can_be_left_out(huge, tmp_path):
   assert (state['step'], state['skipped']) == (12, 2)
   chex.assert_tree_all_finite(state)
   assert np.isfinite(result['loss'])
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    pytest.param(
+      name, marks=[pytest.mark.slow] * (name != 'ds_atgo_per_channel')
+    )
+    for name in methods.METHODS
+  ],
+)
+def test_every_method_trains_is_watched_and_reported(method, npz, tmp_path):
+  config = tiny.config(
+    data_path=npz, method=method, num_epochs=1, watch_every=4
+  )
+  result = loop.train(config, tmp_path / 'run')
+  for layer in result['layers'].values():
+    assert np.shape(layer['theta']) == np.shape(layer['firing_rate']) == (2,)
+  assert report.write(tmp_path / 'run').stat().st_size > 1000

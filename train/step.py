@@ -153,8 +153,13 @@ def by_layer(sown):
   for (*path, name), value in traverse_util.flatten_dict(sown).items():
     if name in ACTIVITY:
       layer = '/'.join(path).removesuffix('/neuron')
-      layers.setdefault(layer, {})[name] = value
+      layers.setdefault(layer, {})[name] = over_time(value)
   return layers
+
+
+def over_time(a):
+  """A number a timestep, [T]; of a threshold for each channel their mean."""
+  return a if a.ndim < 2 else a.reshape(a.shape[0], -1).mean(-1)
 
 
 def train_step(

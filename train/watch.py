@@ -34,7 +34,8 @@ def watch_step(variables, batch, *, model, loss, mean, std, train):
   Returns:
     Of the whole batch, layers in the order of the network:
 
-        activity       {layer: what `linen` sows into `spiking`, [T] or ()}
+        activity       {layer: what `linen` sows into `spiking`, [T] or (), the
+                       mean of thresholds and widths for each channel}
         flow           {layer: `flow.summary`, [T]}
         histograms     {layer: shares of u - theta between `EDGES`, [T, bins]}
         gradient_norm  {parameter: ()}
@@ -61,7 +62,7 @@ def watch_step(variables, batch, *, model, loss, mean, std, train):
   paths = {_short(name): one for name, one in flow.summary(probes).items()}
   layers = told['spiking']
   return {
-    'activity': layers,
+    'activity': jax.tree.map(step_lib.over_time, layers),
     'flow': collections.OrderedDict((name, paths[name]) for name in layers),
     'histograms': collections.OrderedDict(
       (name, one['membrane']) for name, one in told['histograms'].items()
