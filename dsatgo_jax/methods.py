@@ -9,6 +9,8 @@
     ds_atgo_per_channel  ds_atgo with a threshold and a width for each channel
     quantile             an exact share of the neurons fires, whatever their
                          distribution; the width follows
+    isometric            adaptive threshold, and a width of 1.8 deviations, with
+                         which gradients keep their size in depth
     moving               the threshold goes half of its way to the adaptive one
                          at each timestep, from v_th on; the width follows
 
@@ -53,6 +55,7 @@ Name = Literal[
   'learnable_threshold',
   'ds_atgo_per_channel',
   'quantile',
+  'isometric',
   'moving',
 ]
 
@@ -79,6 +82,7 @@ METHODS = {
     threshold.quantile,
     quantile.quantile,
   ),
+  'isometric': Method(threshold.adaptive, width.isometric, width.deviation),
   'moving': Method(_MOVING, width.threshold_driven, _MOVING),
 }
 

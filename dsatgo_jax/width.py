@@ -34,6 +34,25 @@ def threshold_driven(signal: Any, parameters: Any, t: Any) -> Any:
   return parameters.width * jnp.maximum(factor, jnp.finfo(factor.dtype).eps)
 
 
+def isometric(signal: Any, parameters: Any, t: Any) -> Any:
+  """`1.8 * kappa_0 * sigma`: gradients keep their size from layer to layer.
+
+  Of a normal membrane above whose threshold a share p fires, the surrogate's
+  mean square is `share / width ** 2`, share being what is inside the window.
+  tdBN divides a layer's input by the deviation of what spikes of variance
+  `p * (1 - p)` sum up to, and its gradient with it; so depth leaves the mean
+  square of gradients as it is where `share / width ** 2` is
+  `p * (1 - p) / sigma ** 2`. At `theta = mu + sigma`, p = 0.1587, that is a
+  width of 1.8 sigma, and a share of 43 %. Below a hundredth of `v_th` the
+  deviation counts as that.
+
+  Own; docs/findings.md.
+  """
+  del t
+  least = 0.01 * jnp.abs(parameters.v_th)
+  return 1.8 * parameters.width * jnp.maximum(signal, least)
+
+
 def mpd_agl(signal: Any, parameters: Any, t: Any) -> Any:
   """MPD-AGL (Jiang et al., IJCAI 2025): the width of tdBN's distribution.
 

@@ -129,9 +129,11 @@ def test_what_is_kept(method, width_signal):
   assert variables['params'].keys() == {'w'} | learns
 
   names = []
-  if 'at' in method or method in ('quantile', 'moving'):
+  if 'at' in method or method in ('quantile', 'isometric', 'moving'):
     names.append('running_threshold')
-  if method == 'tgo' or ('ds_atgo' in method and width_signal == 'sigma'):
+  if method in ('tgo', 'isometric') or (
+    'ds_atgo' in method and width_signal == 'sigma'
+  ):
     names.append('running_signal')
   kept = variables.get('batch_stats', {})
   shape = (3, 5) if 'channel' in method else 3
@@ -147,7 +149,8 @@ def test_what_is_kept(method, width_signal):
   if 'running_signal' in names:
     signals = {'theta': happened['mean'] + happened['std']}
     signals['sigma'] = happened['std']
-    new['running_signal'] = signals[width_signal]
+    kind = 'sigma' if method == 'isometric' else width_signal
+    new['running_signal'] = signals[kind]
   expected = {name: 0.8 + 0.2 * new[name] for name in names}
   close(updates.get('batch_stats', {}), expected)
 

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from scipy.stats import norm
 
+from dsatgo_jax import linen as snn
 from dsatgo_jax import methods, neurons, quantile, tdbn, threshold, width
+from dsatgo_jax.analysis import flow
 from dsatgo_jax.methods import METHODS, Method
 from dsatgo_jax.neurons import Parameters
 from dsatgo_jax.statistics import Statistics
@@ -94,6 +97,56 @@ def test_width_rules_without_a_signal():
   assert later == pytest.approx(2 * np.sqrt(1.25) * 0.8 * 2.0)
 
 
+def test_the_isometric_width_keeps_gradients():
+  """`share / width ** 2` is `p * (1 - p) / sigma ** 2`, of whatever sigma."""
+  normal = norm(3, 0.7)  # theta = 3.7
+  kappa = width.isometric(0.7, Parameters(), 0)
+  share = normal.cdf(3.7 + kappa / 2) - normal.cdf(3.7 - kappa / 2)
+  p = normal.sf(3.7)
+  assert share / kappa**2 == pytest.approx(p * (1 - p) / 0.7**2, rel=0.01)
+  # Proportional to sigma and kappa_0; of no deviation it is not zero.
+  assert width.isometric(1.4, Parameters(width=0.5), 0) == pytest.approx(kappa)
+  assert width.isometric(0.0, Parameters(v_th=2.0), 0) == pytest.approx(0.036)
+
+
+class Deep(nn.Module):
+  """Six dense layers with tdBN, and probes at their membranes."""
+
+  method: str
+
+  @nn.compact
+  def __call__(self, x):  # noqa: D102
+    for i in range(6):
+      x = snn.Dense(512, use_bias=False)(x)
+      x = snn.TdBatchNorm(use_running_average=False)(x)
+      neuron = snn.SpikingNeuron(self.method, name=f'neuron{i}')
+      x = neuron(x, use_running_average=False)
+    return x
+
+
+@pytest.mark.parametrize('method, low, high', [
+  ('isometric', 0.7, 1.5), ('ds_atgo', 3, 12),
+])  # fmt: skip
+def test_the_isometric_width_is_that_of_the_gradient_in_depth(
+  method, low, high
+):
+  """Six layers at the start: dL/du in the first over that in the last."""
+  x = jax.random.normal(jax.random.key(0), (2, 64, 512))
+  cotangent = jax.random.normal(jax.random.key(1), x.shape)
+  net = Deep(method)
+  variables = net.init(jax.random.key(2), x)
+  zeros = flow.zeros(net, variables, x)
+
+  @jax.jit
+  def probes(zeros):
+    out, _ = net.apply(variables | zeros, x, mutable=['batch_stats'])
+    return (out * cotangent).sum()
+
+  norms = flow.summary(jax.grad(probes)(zeros)['flow'])
+  first, last = (np.linalg.norm(norms[f'neuron{i}']['u']) for i in (0, 5))
+  assert low < first / last < high
+
+
 @pytest.mark.parametrize(
   'rule, learns',
   [
@@ -130,6 +183,7 @@ def test_the_table():
     'learnable_threshold': (threshold.learnable, width.fixed, None),
     'ds_atgo_per_channel': (adaptive, follows, adaptive, tdbn.per_channel),
     'quantile': (rate, follows, rate, quantile.quantile),
+    'isometric': (adaptive, width.isometric, width.deviation),
     'moving': (moving, follows, moving),
   }
   assert METHODS == {name: Method(*row) for name, row in table.items()}

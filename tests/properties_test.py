@@ -259,6 +259,7 @@ FUNCTIONS = {
   'width.deviation': of_rule(width.deviation),
   'width.fixed': of_rule(width.fixed),
   'width.threshold_driven': of_rule(width.threshold_driven),
+  'width.isometric': of_rule(width.isometric),
   'width.mpd_agl': of_rule(width.mpd_agl),
   'neurons.run': neurons.run,
   'neurons.step': lambda x: neurons.step(None, x),
