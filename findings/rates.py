@@ -4,8 +4,9 @@ r"""How often neurons fire, how many learn, and how gradients reach them.
 
 Of the runs `RUNS/seed_N` together, over all layers, timesteps and seeds: firing
 rates and the shares of neurons inside the gradient window, in the test split,
-by the running thresholds, and in the last training batch that was watched; and
-of the first and the last of these the norms of the gradient and its paths.
+by the running thresholds; and where steps were watched, in the last of those
+training batches, and in the first and the last the norms of the gradient and
+its paths.
 """
 
 import json
@@ -24,16 +25,16 @@ def read(folder):
   """Returns layers of the result, and watched lines, of the runs in a folder.
 
   Raises:
-    ValueError: one is not finished, or was not watched.
+    ValueError: one is not finished.
   """
   from train import metrics
 
   found = []
   for run in seeds(folder).values():
     result = metrics.read_json(run / 'result.json')
+    if not result:
+      raise ValueError(f'expected a finished run in {run}')
     watched = [line['watch'] for line in metrics.read(run) if 'watch' in line]
-    if not result or not watched:
-      raise ValueError(f'expected a finished run that was watched in {run}')
     found.append((result['layers'], watched))
   return found
 
@@ -91,18 +92,18 @@ def gradients(flows):
 
 
 def measured(folder):
-  """Returns `{'test', 'training'}` and `{'first step', 'last step'}`."""
+  """Returns `{'activity', 'gradients'}`, of watched steps where there are."""
   results, watched = zip(*read(folder), strict=True)
-  return {
-    'activity': {
-      'test': activity(results),
-      'training': activity([lines[-1]['activity'] for lines in watched]),
-    },
-    'gradients': {
-      'first step': gradients([lines[0]['flow'] for lines in watched]),
-      'last step': gradients([lines[-1]['flow'] for lines in watched]),
-    },
-  }
+  found = {'activity': {'test': activity(results)}, 'gradients': {}}
+  if all(watched):
+    found['activity']['training'] = activity(
+      [lines[-1]['activity'] for lines in watched]
+    )
+    for name, i in ('first step', 0), ('last step', -1):
+      found['gradients'][name] = gradients(
+        [lines[i]['flow'] for lines in watched]
+      )
+  return found
 
 
 def main():
@@ -121,6 +122,8 @@ def main():
       for name, both in found.items()
       for when, told in both[kind].items()
     }
+    if not rows:
+      continue
     columns = [name.replace('_', ' ') for name in next(iter(rows.values()))]
     cells = {
       name: [f'{value:.2f}' for value in told.values()]
