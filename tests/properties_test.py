@@ -185,7 +185,8 @@ def of_rule(rule):
     measured = statistics.measure(x)
     parameters = Parameters(*x[0, 0, :4], tdbn_scale=x[0, 0])
     follows = rule in (
-      width.fixed, width.threshold_driven, width.mpd_agl, threshold.quantile
+      width.fixed, width.threshold_driven, width.isometric, width.mpd_agl,
+      threshold.quantile,
     )  # fmt: skip
     return rule(measured.std if follows else measured, parameters, 1)
 
